@@ -1,0 +1,940 @@
+"""Align a language model with no preference data: SAPO, and the baselines SFT, DPO and ORPO.
+
+    python train.py                                          # the embedded default, on any CPU
+    torchrun --nproc_per_node 8 train.py --method sapo --recipe sapo-mistral-7b \\
+        --model DIR --data FILE.jsonl --out OUT
+    python train.py ... --out OUT --resume                   # goes on from the newest checkpoint
+
+Every preference method is a source of pairs with a loss on top (DESIGN in one line):
+
+    source.before_step(t) -> pairs (prompt, chosen, rejected)  ->  loss  ->  policy t + 1
+
+The sources are in sapo.py. Here are, in this order: the flags, the losses, the ranks (the only
+place that knows of more than one process), the trainer with its one loop, and the whole run.
+
+Shapes: N pairs. Log-probs are sums over response tokens, in nats, unless a name says mean.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import data
+import model as lm
+from data import Pair
+from model import InputError, Transformer
+from sample import plot_curves, print_accuracies, task_accuracy
+from sapo import SAPO, ReplayBuffer, SegmentPair, Source, Static, paint
+
+# -------------------------------------------------------------------------------------- the flags
+
+
+@dataclass
+class Config:
+    """Every flag, with its default and where that comes from. The string under a field is its help.
+
+    [code] is the official SAPO code, [ours] our own choice.
+    """
+
+    method: Literal["sft", "dpo", "orpo", "sapo"] = "sapo"
+    "where the pairs come from"
+    loss: Literal["dpo", "ipo", "hinge", "orpo"] | None = None  # [code] has dpo and orpo
+    "the loss on the pairs; default: dpo, and orpo for --method orpo"
+    recipe: str | None = None
+    "settings by name, listed below; flags given explicitly win over it"
+    model: str | None = None
+    "a Hugging Face folder to start from; default: a tiny model, pre-trained there and then"
+    data: list[str] | None = None
+    "JSON or JSONL files of training rows; default: the built-in tasks"
+    eval_data: list[str] | None = None
+    "JSON or JSONL files of held-out rows"
+    out: str = "out"  # [ours]
+    "the folder of the run"
+    resume: bool = False
+    "go on from the newest whole checkpoint in --out"
+    chat_template: Literal["chatml", "zephyr", "llama3"] | None = None
+    "a chat template by name, for a base model that has none of its own"
+    seed: int = 42  # [code]
+    "everything drawn at random follows from it"
+    steps: int | None = None
+    "optimizer steps; default: as --epochs says"
+    epochs: float = 4.0  # [code]
+    "passes over the training rows"
+    batch_size: int = 64  # [code]
+    "pairs per optimizer step, over all ranks"
+    micro_batch_size: int = 4  # [ours]
+    "pairs per forward pass and rank; it bounds memory and changes nothing else"
+    lr: float = 5e-7  # [code]
+    "peak learning rate"
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # [code]
+    "the optimizer"
+    adam_beta2: float = 0.999  # torch's default
+    "AdamW's second beta"
+    weight_decay: float = 0.0  # [ours]
+    "decoupled for AdamW, added to the gradient for RMSprop, as torch has it"
+    schedule: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"  # [code]
+    "of the learning rate, after the warm-up. Step 1 has a rate above 0, and so has the last step"
+    warmup: float = 0.1  # [code]
+    "below 1 a share of the steps, otherwise a number of steps"
+    max_grad_norm: float = 1.0  # [ours]; 0 is off
+    "the gradient is scaled down to this norm; 0: never"
+    beta: float = 0.1  # [code]
+    "how strongly the reference holds the policy"
+    label_smoothing: float = 0.0  # [code]
+    "share of pairs assumed to be labelled the wrong way round (cDPO)"
+    nll_weight: float = 0.0  # [code]
+    "weight of an added NLL term on the chosen side, per response token"
+    orpo_lambda: float = 0.05  # [code]
+    "weight of ORPO's odds-ratio term"
+    max_length: int = 2048  # [code]
+    "tokens of prompt and response; longer responses are cut"
+    max_prompt_length: int | None = None  # [code]: 1792, of 2048
+    "rows whose prompt has this many tokens or more are dropped; default: 7/8 of --max-length"
+    segment_length: str = "256"  # [code]
+    "tokens of a regenerated segment, or full"
+    segment_rule: Literal["official", "uniform"] = "official"  # [code]
+    "where a segment may start; uniform: also up to the end of the response"
+    ema_decay: float = 0.5  # [code]
+    "ema <- decay * ema + (1 - decay) * policy"
+    ema_every: int = 1  # [code]; the paper's text says 2
+    "steps between updates of the EMA"
+    replay_capacity: int = 2000  # [code], there on each rank
+    "pairs in the replay buffer, over all ranks; 0: train on the fresh pairs"
+    ref_update: Literal["ema", "policy", "fixed"] = "ema"  # [code]
+    "what the reference is refreshed from"
+    ref_update_every: int | None = None  # [code]: 108, its epoch
+    "steps between refreshes of the reference; default: one epoch"
+    responses_per_prompt: int = 1  # [code]
+    "rewrites of each row and step"
+    sample_every: int = 1  # [code]
+    "steps between generations; between them pairs come from the buffer alone"
+    drop_identical: bool = False  # [code]
+    "keep pairs whose two sides are equal out of the buffer"
+    temperature: float = 0.7  # [code]
+    "of sampled segments; 0 is greedy"
+    top_k: int = 50  # [code]
+    "sample among so many tokens; 0: all"
+    top_p: float = 0.95  # [code]
+    "sample among the likeliest tokens of this total probability"
+    generate_batch_size: int = 64  # [ours]
+    "rows decoded together on a rank"
+    precision: Literal["fp32", "medium", "bf16"] = "fp32"  # [ours]; [code] has bf16
+    "of the computation; weights, gradients, optimizer, EMA are fp32. medium: faster fp32 matmuls"
+    activation_checkpointing: bool = False
+    "recompute each block in the backward pass, to save memory"
+    save_dtype: Literal["fp32", "bf16"] = "fp32"  # [ours]: an update of 5e-7 is lost in bf16
+    "type of the weights in OUT/final"
+    save_every: int = 0
+    "steps between checkpoints; 0: none"
+    log_every: int = 1  # [ours]
+    "steps between rows of metrics.jsonl"
+    eval_every: int = 0
+    "steps between evaluations; 0: at the end only"
+    show_every: int = 0
+    "steps between sampled pairs shown in colour: A, B, B' and C; 0: never"
+
+
+TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
+    "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": 3e-4, "max_length": 128,
+    "segment_length": "8", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+    "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256,
+}  # fmt: skip
+OFFICIAL = {  # [code], beyond the defaults; its 2,000 pairs are on each of 8 ranks
+    "loss": "dpo", "precision": "bf16", "replay_capacity": 16000, "ref_update_every": 108,
+}  # fmt: skip
+ORPO = {  # [code], but for its 8-bit AdamW, which is AdamW here
+    **OFFICIAL, "loss": "orpo", "lr": 5e-6, "schedule": "inverse_sqrt", "warmup": 100.0,
+    "optimizer": "adamw",
+}  # fmt: skip
+RECIPES: dict[str, dict[str, Any]] = {
+    "tasks": TASKS,
+    "sapo-llama3-8b": {"method": "sapo", **OFFICIAL},
+    "sapo-mistral-7b": {"method": "sapo", **OFFICIAL},
+    "sapo-orpo-llama3-8b": {"method": "sapo", **ORPO},
+    "sapo-orpo-mistral-7b": {"method": "sapo", **ORPO},
+}
+START = {  # how the built-in start is trained: TOY's setting, one SFT run like any other
+    "method": "sft", "loss": None, "steps": 2400, "batch_size": 48, "micro_batch_size": 48,
+    "lr": 4e-3, "optimizer": "adamw", "adam_beta2": 0.98, "warmup": 80.0, "schedule": "linear",
+    "weight_decay": 0.0, "max_grad_norm": 1.0, "log_every": 50,
+    "save_every": 0, "eval_every": 0, "show_every": 0, "save_dtype": "fp32", "max_length": 128,
+    "max_prompt_length": None, "precision": "fp32",
+}  # fmt: skip
+START_MODEL = {  # RoPE base 100: the same training with 10,000 learns a third as much
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
+    "intermediate_size": 168, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
+    "tie_word_embeddings": True, "max_position_embeddings": 2048, "hidden_act": "silu",
+}  # fmt: skip
+MAY_CHANGE = {"resume", "out", "steps", "epochs", "log_every", "save_every", "show_every"}
+
+
+RANGES = {  # the smallest and the largest value of each number
+    **dict.fromkeys(("steps", "batch_size", "micro_batch_size", "generate_batch_size"), (1, 1e9)),
+    **dict.fromkeys(("ema_every", "ref_update_every", "sample_every", "log_every"), (1, 1e9)),
+    **dict.fromkeys(("save_every", "eval_every", "show_every", "top_k", "warmup"), (0, 1e9)),
+    **dict.fromkeys(("nll_weight", "orpo_lambda", "temperature", "max_grad_norm"), (0, 1e6)),
+    "epochs": (1e-9, 1e6),
+    "lr": (1e-30, 1e3),
+    "beta": (1e-9, 1e6),
+    "weight_decay": (0, 1),
+    "ema_decay": (0, 1),
+    "top_p": (1e-9, 1),
+    "adam_beta2": (0, 1 - 1e-9),
+    "label_smoothing": (0, 0.5),
+    "max_length": (2, 1e7),
+    "max_prompt_length": (2, 1e7),
+    "seed": (0, 2**62),
+    "replay_capacity": (0, 1e9),
+    "responses_per_prompt": (1, 1e4),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is the one line of every other bad input."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raises InputError."""
+        raise InputError(message)
+
+
+def parse_args(argv: Sequence[str]) -> Config:
+    """Flags -> Config: defaults, then the recipe's values, then what was given explicitly."""
+    listing = [
+        f"  {name}\n    " + " ".join(f"{key}={value}" for key, value in values.items())
+        for name, values in RECIPES.items()
+    ]
+    parser = Parser(
+        prog="train.py",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="recipes (`tasks` is in force where no --data is given):\n" + "\n".join(listing),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, hint, text in help_strings():
+        kind = next(a for a in (*typing.get_args(hint), hint) if a is not type(None))
+        kind = hint if typing.get_origin(hint) in (list, Literal) else kind
+        options: dict[str, Any] = {"default": argparse.SUPPRESS}
+        options["help"] = f"{text} [{getattr(Config, name)}]".replace("%", "%%")
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is Literal:
+            options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is list:
+            options |= {"nargs": "+", "metavar": "FILE"}
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+    given = vars(parser.parse_args(argv))
+    if "steps" in given and "epochs" in given:
+        raise InputError("--steps and --epochs both say how long to train: give one of them")
+    recipe = given.get("recipe") or (None if given.get("data") else "tasks")
+    if recipe is not None and recipe not in RECIPES:
+        raise InputError(f"--recipe {recipe!r} is none of {', '.join(RECIPES)}")
+    values = (RECIPES[recipe] if recipe else {}) | given | {"recipe": recipe}
+    if "epochs" in given:
+        values["steps"] = None
+    return check(Config(**values))
+
+
+def help_strings() -> Iterator[tuple[str, Any, str]]:
+    """Name, type and help of each flag: the help is the string under the field."""
+    body = ast.parse(inspect.getsource(Config)).body[0].body  # type: ignore[attr-defined]
+    hints = typing.get_type_hints(Config)
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign):
+            yield field.target.id, hints[field.target.id], text.value.value
+
+
+def check(config: Config) -> Config:
+    """Raises InputError for values that make no sense, alone or together."""
+    for name, (low, high) in RANGES.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} is {value}, but it must be from {low:g} to {high:g}")
+    length = config.segment_length
+    if length != "full" and not (length.isdecimal() and 0 < int(length) < 10**9):
+        raise InputError(f"--segment-length is {length!r}, not a number of tokens or 'full'")
+    if config.max_prompt_length is None:
+        config.max_prompt_length = max(2, config.max_length * 7 // 8)
+    if config.max_prompt_length > config.max_length:
+        raise InputError(
+            f"--max-prompt-length {config.max_prompt_length} leaves no room for a response within "
+            f"--max-length {config.max_length}"
+        )
+    if config.method == "sft" and config.loss is not None:
+        raise InputError(f"--loss {config.loss} needs pairs, and --method sft has none")
+    if config.method == "orpo" and config.loss not in (None, "orpo"):
+        raise InputError(f"--method orpo with --loss {config.loss}: that is --method dpo")
+    if config.method != "sft" and config.loss is None:
+        config.loss = "orpo" if config.method == "orpo" else "dpo"
+    if config.method == "sapo" and config.replay_capacity == 0 and config.sample_every > 1:
+        raise InputError("--sample-every above 1 needs a replay buffer: --replay-capacity is 0")
+    return config
+
+
+# ------------------------------------------------------------------------------------- the losses
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Direct preference optimization (arXiv 2305.18290, eq. 7), with cDPO's smoothing.
+
+    Args: four (N,) tensors of summed log-probs.
+    Returns: losses, rewards of the chosen, rewards of the rejected: (N,) each; the rewards
+        (eq. 5 without the partition function, which cancels) carry no gradient.
+    """
+    logits = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
+    right, wrong = F.logsigmoid(beta * logits), F.logsigmoid(-beta * logits)
+    losses = -(1 - label_smoothing) * right - label_smoothing * wrong
+    rewards = (beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected))
+    return losses, rewards[0].detach(), rewards[1].detach()
+
+
+def orpo_loss(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor, lam: float = 0.05) -> Tensor:
+    """ORPO's odds-ratio term (arXiv 2403.07691, eq. 7) on two (N,) mean log-probs per token. (N,).
+
+    The odds p / (1 - p) of a probability within 1e-6 of 1 are those at that distance.
+    """
+    chosen, rejected = (x.clamp(max=-1e-6) for x in (chosen_mean_logp, rejected_mean_logp))
+    log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+    return -lam * F.logsigmoid(log_odds)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, exact at both ends."""
+    return torch.log(-torch.expm1(x))
+
+
+def pair_loss(
+    config: Config, policy: Sequence[Tensor], reference: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss that the flags ask for: (N,) losses, chosen and rejected rewards.
+
+    `policy` and `reference` are what `pair_logprobs` gives; ORPO and SFT read no reference.
+    """
+    chosen, rejected, n_chosen, n_rejected = policy
+    if config.method == "sft":
+        return torch.zeros_like(chosen), chosen.detach(), rejected.detach()
+    if config.loss == "orpo":
+        means = (chosen / n_chosen, rejected / n_rejected)
+        rewards = [config.orpo_lambda * mean.detach() for mean in means]
+        return orpo_loss(*means, config.orpo_lambda), rewards[0], rewards[1]
+    args = (chosen, rejected, *reference[:2])
+    losses, *rewards = dpo_loss(*args, config.beta, config.label_smoothing)
+    gap = (chosen - rejected) - (reference[0] - reference[1])
+    if config.loss == "ipo":  # arXiv 2310.12036, eq. 17: the gap aims at 1 / (2 beta)
+        losses = (gap - 1 / (2 * config.beta)) ** 2
+    if config.loss == "hinge":  # SLiC, arXiv 2305.10425, against a reference
+        losses = torch.relu(1 - config.beta * gap)
+    return losses, rewards[0], rewards[1]
+
+
+# -------------------------------------------------------------------------------------- the ranks
+
+
+class Ranks:
+    """The processes of the run, and the only place that knows how many there are."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if cuda else "cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+            self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def build(self, folder: Path, config: Config, learns: bool) -> Transformer:
+        """Loads a model in fp32, each rank its shard of it."""
+        raw = lm.read_json(folder / "config.json")
+        with torch.device("meta"):
+            model = Transformer(lm.Config.from_dict(raw, f"{folder}/config.json"))
+        model.compute_dtype = torch.bfloat16 if config.precision == "bf16" else None
+        model.checkpointing = config.activation_checkpointing
+        if self.world > 1:
+            policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32)
+            # The root stays whole between forward and backward; a model that has no backward would
+            # be left so, and its next update lost.
+            kept = None if learns else True
+            for block in model.model["layers"]:
+                fully_shard(block, mesh=self.mesh, mp_policy=policy)
+            fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=kept)
+        model.to_empty(device=self.device).requires_grad_(learns)
+        lm.load_weights(dict(model.named_parameters()), folder, self.place)
+        return model
+
+    def place(self, parameter: Tensor, value: Tensor) -> None:
+        """parameter <- this rank's share of a whole value."""
+        if isinstance(parameter, DTensor):
+            chunks = value.chunk(self.world)
+            value = chunks[self.rank] if self.rank < len(chunks) else value[:0]
+            parameter = parameter.to_local()
+        parameter.copy_(value)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """The whole of a sharded tensor, on every rank (collective)."""
+        value = value.detach()
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def decoder(self, model: Transformer) -> Iterator[Transformer]:
+        """The model with all weights at hand in its compute type: ranks stop at different times,
+        so that decoding must not wait for others."""
+        if isinstance(model, FSDPModule):
+            shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
+            model.set_reshard_after_forward(False)
+            for shard in shards:
+                shard.unshard()
+            yield model
+            for shard in shards:
+                shard.reshard()
+            model.set_reshard_after_forward(True)
+        elif model.compute_dtype not in (None, model.dtype):
+            with torch.device("meta"):
+                twin = Transformer(model.config)
+            weights = {n: p.detach().to(model.compute_dtype) for n, p in model.named_parameters()}
+            twin.load_state_dict(weights, assign=True)
+            yield twin
+        else:
+            yield model
+
+    def share_rows(self, mine: dict[int, list[int]], count: int) -> list[list[int]]:
+        """Every rank's rows of tokens, by index, on every rank. No pickle: padded integers."""
+        if self.world == 1:
+            return [mine[i] for i in range(count)]
+        lengths = torch.zeros(count, dtype=torch.int64, device=self.device)
+        for i, row in mine.items():
+            lengths[i] = len(row)
+        self.sum(lengths)
+        table = torch.zeros(count, int(lengths.max()), dtype=torch.int64, device=self.device)
+        for i, row in mine.items():
+            table[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        self.sum(table)
+        return [r[:n] for r, n in zip(table.tolist(), lengths.tolist(), strict=True)]
+
+
+# ------------------------------------------------------------------------------------ the trainer
+
+
+@dataclass
+class Job:
+    """What one training run reads and writes; the start and the control are runs of their own."""
+
+    start: Path  # the model's folder
+    rows: list[Pair]
+    eval_rows: list[Pair]
+    tokenizer: data.Tokenizer
+    metrics: Path  # a JSON object per logged step
+    final: Path  # the trained model
+    checkpoints: Path | None = None
+    test: Callable[[Transformer], dict[str, float]] | None = None  # more held-out metrics
+
+
+COLUMNS = ("losses", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
+
+
+class Trainer:
+    """Models, optimizer, source and the loop that makes them meet."""
+
+    def __init__(self, config: Config, job: Job, ranks: Ranks) -> None:
+        self.config, self.job, self.ranks = config, job, ranks
+        epoch = math.ceil(len(job.rows) / config.batch_size)
+        self.steps = config.steps or math.ceil(
+            config.epochs * len(job.rows) / config.batch_size - 1e-9
+        )
+        self.seconds: dict[str, float] = {}
+        self.policy = ranks.build(job.start, config, learns=True)
+        self.optimizer = self.make_optimizer()  # at once: after a forward it may hold stale objects
+        self.models = {"policy": self.policy}
+        if config.method == "sapo":
+            self.models["ema"] = ranks.build(job.start, config, learns=False)
+        if config.method != "sft" and config.loss != "orpo":
+            self.models["reference"] = ranks.build(job.start, config, learns=False)
+        self.source = self.make_source(config.ref_update_every or epoch)
+        self.bad_steps = 0
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """RMSprop or AdamW, one multi-tensor pass a step."""
+        c, parameters = self.config, list(self.policy.parameters())
+        settings: dict[str, Any] = {"lr": c.lr, "weight_decay": c.weight_decay, "foreach": True}
+        if c.optimizer == "rmsprop":
+            return torch.optim.RMSprop(parameters, **settings)
+        settings["betas"] = (0.9, c.adam_beta2)
+        return torch.optim.AdamW(parameters, **settings)
+
+    def make_source(self, ref_update_every: int) -> Source:
+        """The source of pairs that --method names. A new method is a branch here."""
+        c, rows = self.config, self.job.rows
+        if c.method in ("sft", "dpo", "orpo"):
+            if c.method == "sft":
+                rows = [Pair(row.prompt, row.chosen, []) for row in rows]
+            return Static(rows, batch_size=c.batch_size, seed=c.seed)
+        same = ("batch_size", "seed", "max_length", "segment_rule", "ema_decay", "ema_every")
+        same += ("ref_update", "responses_per_prompt", "sample_every", "drop_identical")
+        settings: dict[str, Any] = {name: getattr(c, name) for name in same}
+        settings["segment_length"] = int(c.segment_length.replace("full", str(c.max_length)))
+        settings |= {"ref_update_every": ref_update_every, "eos_ids": self.job.tokenizer.eos_ids}
+        buffer = ReplayBuffer(c.replay_capacity, c.seed) if c.replay_capacity else None
+        models = (self.policy, self.models["ema"], self.models.get("reference"))
+        return SAPO(rows, *models, self.generate, buffer, **settings)
+
+    def train(self) -> None:
+        """The loop. t counts optimizer updates done."""
+        t = self.restore() if self.config.resume else 0
+        began, first = time.perf_counter(), t
+        while t < self.steps:
+            row = self.step(t)
+            t += 1
+            if t == self.steps or (self.config.eval_every and t % self.config.eval_every == 0):
+                row |= self.evaluate()
+            if t % self.config.log_every == 0 or t == self.steps or "eval/nll" in row:
+                self.log(t, row, (time.perf_counter() - began) / (t - first))
+            if self.config.save_every and t % self.config.save_every == 0:
+                self.save(t)
+        self.save_final()
+
+    def step(self, t: int) -> dict[str, float]:
+        """One update: pairs, gradients over micro-batches, clipping, the optimizer. Its row."""
+        self.seconds, began = {}, time.perf_counter()
+        with self.phase("source"):
+            pairs = self.source.before_step(t)
+        self.seconds["source"] -= self.seconds.get("generate", 0)
+        row = {"lr": self.lr_at(t), "pairs": float(len(pairs)), "grad_norm": 0.0}
+        if pairs:
+            row |= self.summary(pairs, self.score(pairs, learn=True), "")
+            with self.phase("optimizer"):
+                row["grad_norm"] = self.update(row["lr"])
+        if self.config.show_every and t % self.config.show_every == 0 and self.ranks.first:
+            shown = [pair for pair in pairs if isinstance(pair, SegmentPair)]
+            print(*(paint(pair, self.job.tokenizer.decode) for pair in shown[:1]), sep="\n")
+        tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+        row["tokens_per_second"] = tokens / (time.perf_counter() - began)
+        return row | self.source.metrics | {f"seconds/{k}": v for k, v in self.seconds.items()}
+
+    def lr_at(self, t: int) -> float:
+        """The learning rate of the update from t to t + 1: lr / W, 2 lr / W, ... over W warm-up
+        steps, lr at the last of them, then down; the linear schedule ends at lr / (T - W)."""
+        c = self.config
+        warmup = round(c.warmup * self.steps) if c.warmup < 1 else round(c.warmup)
+        if t < warmup:
+            return c.lr * (t + 1) / warmup
+        done = (t - warmup) / max(1, self.steps - warmup)
+        if c.schedule == "linear":
+            return c.lr * (1 - done)
+        if c.schedule == "cosine":
+            return c.lr * 0.5 * (1 + math.cos(math.pi * done))
+        if c.schedule == "inverse_sqrt":
+            return c.lr * math.sqrt(max(1, warmup) / (t + 1))
+        return c.lr
+
+    def score(self, pairs: Sequence[Pair], learn: bool) -> Tensor:
+        """(N, 5) float64 on every rank, COLUMNS in the pairs' order; `learn`: the gradient too.
+
+        Each rank takes every world-th pair in order of length, so that all have alike work. Where
+        they do not come out even, a rank repeats a pair with weight 0: all must run as many passes.
+        """
+        c, count = self.config, len(pairs)
+        stats = torch.zeros(count, len(COLUMNS), dtype=torch.float64, device=self.ranks.device)
+        tokens = sum(len(pair.chosen) for pair in pairs)
+        order = sorted(range(count), key=lambda i: sum(map(len, pairs[i])))
+        mine = order[self.ranks.rank :: self.ranks.world]
+        real = len(mine)
+        mine += order[-1:] * (math.ceil(count / self.ranks.world) - real)
+        nll_weight = 1.0 if c.method == "sft" or c.loss == "orpo" else c.nll_weight
+        for first in range(0, len(mine), c.micro_batch_size):
+            indices = mine[first : first + c.micro_batch_size]
+            batch = [pairs[i] for i in indices]
+            weights = torch.tensor([float(first + k < real) for k in range(len(batch))])
+            weights = weights.to(self.ranks.device)
+            if isinstance(self.policy, FSDPModule):
+                self.policy.set_requires_gradient_sync(first + c.micro_batch_size >= len(mine))
+            reference: tuple[Tensor, ...] = ()
+            if "reference" in self.models:
+                with self.phase("reference"), torch.no_grad():
+                    reference = lm.pair_logprobs(self.models["reference"], batch)
+            with self.phase("policy"), torch.set_grad_enabled(learn):
+                policy = lm.pair_logprobs(self.policy, batch)
+                losses, *rewards = pair_loss(c, policy, reference)
+                loss = (losses * weights).sum() / count
+                loss = loss - nll_weight * (policy[0] * weights).sum() / tokens
+                if learn:  # FSDP averages gradients over ranks; the sum is wanted
+                    (loss * self.ranks.world).backward()
+            columns = torch.stack((losses.detach(), policy[0], policy[1], *rewards), dim=1).detach()
+            stats[indices] += columns.double() * weights[:, None]
+        return self.ranks.sum(stats)
+
+    def summary(self, pairs: Sequence[Pair], stats: Tensor, prefix: str) -> dict[str, float]:
+        """Means over the pairs; accuracies leave out pairs whose two sides are equal."""
+        c = self.config
+        losses, chosen, rejected, good, bad = stats.unbind(1)
+        tokens = sum(len(pair.chosen) for pair in pairs)
+        row = {prefix + "nll": -float(chosen.sum()) / tokens}
+        nll_weight = 1.0 if c.method == "sft" or c.loss == "orpo" else c.nll_weight
+        row[prefix + "loss"] = float(losses.mean()) + nll_weight * row[prefix + "nll"]
+        row[prefix + "logps/chosen"] = float(chosen.mean())
+        told = torch.tensor([p.rejected != p.chosen for p in pairs], device=stats.device)
+        if c.method != "sft" and all(pair.rejected for pair in pairs):
+            row[prefix + "logps/rejected"] = float(rejected.mean())
+            row[prefix + "rewards/chosen"] = float(good.mean())
+            row[prefix + "rewards/rejected"] = float(bad.mean())
+            row[prefix + "rewards/margins"] = float((good - bad).mean())
+            if told.any():
+                row[prefix + "rewards/accuracies"] = float((good > bad)[told].double().mean())
+            row[prefix + "pairs/identical"] = 1 - float(told.double().mean())
+        return row
+
+    def update(self, lr: float) -> float:
+        """Clips, steps, and returns the gradient's norm before clipping. A step whose norm is not
+        finite is skipped; five in a row end the run."""
+        limit = self.config.max_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit, foreach=True)
+        value = float(self.ranks.whole(norm))
+        if math.isfinite(value):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.bad_steps = 0 if math.isfinite(value) else self.bad_steps + 1
+        if self.bad_steps == 5:
+            raise InputError("the gradient was not finite 5 steps in a row: try a lower --lr")
+        return value
+
+    def generate(
+        self, model: Transformer, prompts: list[list[int]], budgets: list[int], seeds: list[int]
+    ) -> list[list[int]]:
+        """`generate` with the rows spread over the ranks; every rank gets all of the answer."""
+        c, mine = self.config, range(self.ranks.rank, len(prompts), self.ranks.world)
+        with self.phase("generate"), self.ranks.decoder(model) as ready:
+            new = lm.generate(
+                ready,
+                [prompts[i] for i in mine],
+                [budgets[i] for i in mine],
+                temperature=c.temperature,
+                top_k=c.top_k,
+                top_p=c.top_p,
+                eos_ids=self.job.tokenizer.eos_ids,
+                seed=[seeds[i] for i in mine],
+                batch_size=c.generate_batch_size,
+            )
+            return self.ranks.share_rows(dict(zip(mine, new, strict=True)), len(prompts))
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out rows scored as training pairs are, and what the job's own test measures."""
+        row: dict[str, float] = {}
+        with self.phase("eval"):
+            if self.job.eval_rows:
+                pairs = self.source.eval_pairs(self.job.eval_rows)
+                row |= self.summary(pairs, self.score(pairs, learn=False), "eval/")
+            if self.job.test is not None:
+                with self.ranks.decoder(self.policy) as ready:
+                    row |= self.job.test(ready)
+        return row
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time within to `seconds[name]`."""
+        began = time.perf_counter()
+        yield
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def log(self, step: int, row: dict[str, float], pace: float) -> None:
+        """Appends the row to metrics.jsonl and prints the line that a person reads."""
+        if not self.ranks.first:
+            return
+        row = {"step": step, "phase": self.config.method} | row
+        with self.job.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
+        names |= {"segment/identical": "same", "grad_norm": "norm", "eval/nll": "eval nll"}
+        shown = " ".join(f"{names[k]} {row[k]:.4g}" for k in names if k in row)
+        left = round(pace * (self.steps - step))
+        clock = f"{1 / pace:.2f} steps/s {left // 60}:{left % 60:02} left"
+        print(
+            f"{self.config.method} {step}/{self.steps} {shown} lr {row['lr']:.2g} {clock}",
+            flush=True,
+        )
+
+    # What a run leaves behind. All ranks call these: the weights are gathered by all of them.
+
+    def save_model(self, model: Transformer, folder: Path, dtype: torch.dtype) -> None:
+        """A Hugging Face folder of a model, with its tokenizer."""
+        parameters = dict(model.named_parameters())
+        sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
+        if self.ranks.first:
+            folder.mkdir(parents=True)
+            lm.write_config(folder, model.config, dtype)
+            self.job.tokenizer.save(folder)
+        fetch = lambda name: self.ranks.whole(parameters[name]).to(dtype).cpu()  # noqa: E731
+        lm.write_weights(folder, sizes, fetch, self.ranks.first)
+
+    def save_final(self) -> None:
+        """OUT/final, which appears whole or not at all."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.save_dtype]
+        self.whole_folder(
+            self.job.final, lambda folder: self.save_model(self.policy, folder, dtype)
+        )
+
+    def whole_folder(self, folder: Path, write: Callable[[Path], None]) -> None:
+        """Writes a folder beside its place, then renames it."""
+        partial = folder.with_name(f".{folder.name}")
+        if self.ranks.first and partial.exists():
+            shutil.rmtree(partial)
+        self.ranks.barrier()
+        write(partial)
+        self.ranks.barrier()
+        if self.ranks.first:
+            partial.rename(folder)
+        self.ranks.barrier()
+
+    def save(self, step: int) -> None:
+        """checkpoints/step-N: models, optimizer and source after N updates."""
+        if self.job.checkpoints is not None:
+            folder = self.job.checkpoints / f"step-{step}"
+            if folder.exists() and self.ranks.first:
+                shutil.rmtree(folder)
+            self.whole_folder(folder, self.write_checkpoint)
+
+    def write_checkpoint(self, folder: Path) -> None:
+        """Models as Hugging Face folders, the rest as safetensors."""
+        for name, model in self.models.items():
+            self.save_model(model, folder / name, torch.float32)
+        names = [name for name, _ in self.policy.named_parameters()]
+        state = {
+            f"{name}.{key}": value
+            for name, p in zip(names, self.policy.parameters(), strict=True)
+            for key, value in self.optimizer.state[p].items()
+        }
+        sizes = {name: value.numel() * value.element_size() for name, value in state.items()}
+        if self.ranks.first:
+            (folder / "optimizer").mkdir()
+            save_file(self.source.state_dict(), folder / "source.safetensors")
+        fetch = lambda name: self.ranks.whole(state[name]).cpu()  # noqa: E731
+        lm.write_weights(folder / "optimizer", sizes, fetch, self.ranks.first)
+
+    def restore(self) -> int:
+        """Takes up the newest whole checkpoint; returns its step, or 0 where there is none."""
+        folders = [] if self.job.checkpoints is None else self.job.checkpoints.glob("step-*")
+        found = {int(f.name[5:]): f for f in folders if f.name[5:].isdecimal()}
+        step = max(found, default=0)
+        if step:
+            for name, model in self.models.items():
+                parameters = dict(model.named_parameters())
+                lm.load_weights(parameters, found[step] / name, self.ranks.place)
+            self.restore_optimizer(found[step] / "optimizer")
+            self.source.load_state_dict(load_file(found[step] / "source.safetensors"))
+        if self.ranks.first:
+            kept = []
+            if self.job.metrics.exists():
+                lines = self.job.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+            self.job.metrics.write_text("".join(kept), encoding="utf-8")
+            print(f"resuming after step {step}" if step else "no checkpoint yet: starting afresh")
+        return step
+
+    def restore_optimizer(self, folder: Path) -> None:
+        """Fills the optimizer's state, each rank its shards."""
+        files = lm.weight_files(folder)
+        for name, parameter in self.policy.named_parameters():
+            state = self.optimizer.state[parameter]
+            for key in (k for k in files if k.rpartition(".")[0] == name):
+                with lm.open_safetensors(files[key]) as file:
+                    value = file.get_tensor(key)
+                if value.shape == parameter.shape:
+                    state[key.rpartition(".")[2]] = torch.zeros_like(parameter).detach()
+                    self.ranks.place(state[key.rpartition(".")[2]], value)
+                else:  # the count of steps
+                    state[key.rpartition(".")[2]] = value
+
+
+# ---------------------------------------------------------------------------------- the whole run
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses, runs, and turns bad input into one line and exit status 2."""
+    try:
+        run(parse_args(argv), Ranks())
+        return 0
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run(config: Config, ranks: Ranks) -> None:
+    """Reads the data, makes or takes the start, trains, and says what came of it."""
+    out, on_tasks = Path(config.out), config.data is None
+    torch.set_float32_matmul_precision("medium" if config.precision == "medium" else "highest")
+    if config.resume and (out / "final").exists():
+        print(f"{out} holds a finished run: nothing to resume")
+        return
+    start = Path(config.model) if config.model else out / "start"
+    tokenizer = load_tokenizer(config)
+    rows, eval_rows = read_rows(config, tokenizer, ranks)
+    claim(out, config, ranks)
+    if config.model is None and not start.exists():
+        pretrain(config, start, tokenizer, ranks)
+
+    def test(model: Transformer) -> dict[str, float]:
+        shares = task_accuracy(model, tokenizer, config.seed, 0.0, "validation")
+        return {f"eval/accuracy/{kind}": share for kind, share in shares.items()}
+
+    job = Job(start, rows, eval_rows, tokenizer, out / "metrics.jsonl", out / "final")
+    job.test = test if on_tasks else None
+    job.checkpoints = out / "checkpoints"
+    with_control = on_tasks and config.method != "sft"
+    if with_control and not (out / "control").exists():
+        control = dataclasses.replace(config, method="sft", loss=None, resume=False, save_every=0)
+        paths = {"metrics": out / "control.jsonl", "final": out / "control", "checkpoints": None}
+        if ranks.first:
+            paths["metrics"].unlink(missing_ok=True)
+        Trainer(control, dataclasses.replace(job, **paths), ranks).train()
+    Trainer(config, job, ranks).train()
+    if on_tasks and ranks.first:
+        models = {"start": start, "sft control": out / "control", config.method: out / "final"}
+        models = {k: v for k, v in models.items() if with_control or k != "sft control"}
+        print_accuracies(models, tokenizer, config.seed)
+    if ranks.first:
+        plot_curves(out)
+        print(f"the trained model is in {out / 'final'}")
+
+
+def load_tokenizer(config: Config) -> data.Tokenizer:
+    """The start's tokenizer, or the built-in one."""
+    if config.model is not None:
+        return data.load_tokenizer(config.model, config.chat_template)
+    return data.task_tokenizer()
+
+
+def read_rows(
+    config: Config, tokenizer: data.Tokenizer, ranks: Ranks
+) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out rows as token ids; prints once what was dropped and cut."""
+    paired = config.method in ("dpo", "orpo")
+    sets = []
+    for paths, split, needed in (
+        (config.data, "clean", paired),
+        (config.eval_data, "validation", False),
+    ):
+        if paths is None and (split == "validation" or config.data is not None):
+            sets.append([])
+            continue
+        examples = (
+            data.load_examples(paths, needed)
+            if paths
+            else data.task_examples(split, 128, config.seed)
+        )
+        rows, counts = data.encode_examples(
+            examples, tokenizer, config.max_length, config.max_prompt_length or 0
+        )
+        sets.append(rows)
+        if ranks.first:
+            print(", ".join(f"{value} {key}" for key, value in counts.items()), flush=True)
+    return sets[0], sets[1]
+
+
+def claim(out: Path, config: Config, ranks: Ranks) -> None:
+    """Takes --out for this run, or on resume checks that the run in it was started alike."""
+    args = out / "args.json"
+    if config.resume and args.exists():
+        saved, now = lm.read_json(args), dataclasses.asdict(config)
+        differing = [k for k in now if k not in MAY_CHANGE and now[k] != saved.get(k)]
+        if differing:
+            told = ", ".join(f"--{k.replace('_', '-')} was {saved.get(k)}" for k in differing)
+            raise InputError(f"--resume with other flags than {out} was started with: {told}")
+        if ranks.first and saved["steps"] != config.steps:
+            print(f"warning: --steps was {saved['steps']}: the schedule bends", file=sys.stderr)
+    elif any((out / name).exists() for name in ("metrics.jsonl", "final", "checkpoints")):
+        raise InputError(f"--out {out} holds another run: give --resume, or another folder")
+    ranks.barrier()
+    if ranks.first:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            args.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+    ranks.barrier()
+
+
+def pretrain(config: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:
+    """Makes the built-in start: random weights, then SFT on answers of mixed quality.
+
+    A third of the rows ask for a draft to be rewritten, which SGPO's improver builds on.
+    """
+    settings = dataclasses.replace(config, **START)
+    blank = start.with_name(".blank")
+    if ranks.first:
+        print("pre-training the built-in start", flush=True)
+        shutil.rmtree(blank, ignore_errors=True)
+        raw = START_MODEL | {
+            "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_ids[0],
+        }  # fmt: skip
+        fresh = Transformer(lm.Config.from_dict(raw))
+        fresh.init_weights(config.seed)
+        fresh.save_pretrained(blank)
+        tokenizer.save(blank)
+        start.with_suffix(".jsonl").unlink(missing_ok=True)
+    ranks.barrier()
+    count = (settings.steps or 0) * settings.batch_size
+    examples = data.task_examples("pretrain", count, config.seed)
+    rows, _ = data.encode_examples(examples, tokenizer, settings.max_length, settings.max_length)
+    job = Job(blank, rows, [], tokenizer, start.with_suffix(".jsonl"), start)
+    Trainer(dataclasses.replace(settings, resume=False), job, ranks).train()
+    if ranks.first:
+        shutil.rmtree(blank)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
