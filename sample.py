@@ -109,7 +109,7 @@ def answer(flags: argparse.Namespace) -> None:
 def task_accuracy(
     model: Transformer, tokenizer: data.Tokenizer, seed: int, temperature: float, split: str
 ) -> dict[str, float]:
-    """Exact match on held-out prompts of the built-in tasks: the shares of seen and unseen kinds."""
+    """Exact match on held-out prompts of the built-in tasks: shares for seen and unseen kinds."""
     examples = data.task_examples(split, 512, seed)
     prompts = [tokenizer.apply_chat_template(list(e.messages), True) for e in examples]
     answers = generate(

@@ -9,7 +9,8 @@ A source makes the pairs that a loss learns from. SAPO's needs only prompts x an
        y- = A + B' + C, or A + B' where B' ends the response        `splice`
        (x, y, y-) -> replay buffer
     4. a batch from the buffer, those drawn less often first        `ReplayBuffer`
-    5. policy: a step of DPO or ORPO on that batch                  train.py
+    5. policy: a step on that batch, with the loss                  `dpo_loss`, `orpo_loss`
+           -log sigmoid(beta * (log pi(y)/ref(y) - log pi(y-)/ref(y-)))
 
 `SAPO.before_step` is steps 1 to 4, in this order; the trainer does 5. How this differs from the
 paper (P) and from the official code (C):
@@ -33,16 +34,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Pair
 from model import hash_seed
 
 # (model, prompts, most new tokens per row, seed per row) -> new tokens per row
-Generate = Callable[[nn.Module, list[list[int]], list[int], list[int]], list[list[int]]]
+Generate = Callable[[Any, list[list[int]], list[int], list[int]], list[list[int]]]
 
 
 class Source(Protocol):
@@ -345,6 +347,72 @@ def _paired(one: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor
     others = dict(other.named_parameters())
     names, ours = zip(*one.named_parameters(), strict=True)
     return list(ours), [others[name] for name in names]
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Direct preference optimization (arXiv 2305.18290, eq. 7), with cDPO's smoothing.
+
+    Args: four (N,) tensors of summed log-probs.
+    Returns: losses, rewards of the chosen, rewards of the rejected: (N,) each; the rewards
+        (eq. 5 without the partition function, which cancels) carry no gradient.
+    """
+    logits = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
+    right, wrong = F.logsigmoid(beta * logits), F.logsigmoid(-beta * logits)
+    losses = -(1 - label_smoothing) * right - label_smoothing * wrong
+    rewards = (beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected))
+    return losses, rewards[0].detach(), rewards[1].detach()
+
+
+def orpo_loss(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor, lam: float = 0.05) -> Tensor:
+    """ORPO's odds-ratio term (arXiv 2403.07691, eq. 7) on two (N,) mean log-probs per token. (N,).
+
+    The odds p / (1 - p) of a probability within 1e-6 of 1 are those at that distance.
+    """
+    chosen, rejected = (x.clamp(max=-1e-6) for x in (chosen_mean_logp, rejected_mean_logp))
+    log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+    return -lam * F.logsigmoid(log_odds)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, exact at both ends."""
+    return torch.log(-torch.expm1(x))
+
+
+def pair_loss(
+    kind: str | None,
+    policy: Sequence[Tensor],
+    reference: Sequence[Tensor],
+    beta: float,
+    label_smoothing: float,
+    orpo_lambda: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss by its name: (N,) losses, chosen rewards, rejected rewards.
+
+    `policy` and `reference` are what `pair_logprobs` gives; "orpo", and None, which is no loss on
+    pairs, read no reference.
+    """
+    chosen, rejected, n_chosen, n_rejected = policy
+    if kind is None:
+        return torch.zeros_like(chosen), chosen.detach(), rejected.detach()
+    if kind == "orpo":
+        means = (chosen / n_chosen, rejected / n_rejected)
+        rewards = [orpo_lambda * mean.detach() for mean in means]
+        return orpo_loss(*means, orpo_lambda), rewards[0], rewards[1]
+    args = (chosen, rejected, *reference[:2])
+    losses, *rewards = dpo_loss(*args, beta, label_smoothing)
+    gap = (chosen - rejected) - (reference[0] - reference[1])
+    if kind == "ipo":  # arXiv 2310.12036, eq. 17: the gap aims at 1 / (2 beta)
+        losses = (gap - 1 / (2 * beta)) ** 2
+    if kind == "hinge":  # SLiC, arXiv 2305.10425, against a reference
+        losses = torch.relu(1 - beta * gap)
+    return losses, rewards[0], rewards[1]
 
 
 def paint(pair: SegmentPair, decode: Callable[[list[int]], str]) -> str:

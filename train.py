@@ -35,7 +35,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -46,7 +45,15 @@ import model as lm
 from data import Pair
 from model import InputError, Transformer
 from sample import plot_curves, print_accuracies, task_accuracy
-from sapo import SAPO, ReplayBuffer, SegmentPair, Source, Static, paint
+from sapo import (
+    SAPO,
+    ReplayBuffer,
+    SegmentPair,
+    Source,
+    Static,
+    paint,
+    pair_loss,
+)
 
 # -------------------------------------------------------------------------------------- the flags
 
@@ -175,7 +182,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sapo-orpo-llama3-8b": {"method": "sapo", **ORPO},
     "sapo-orpo-mistral-7b": {"method": "sapo", **ORPO},
 }
-START = {  # how the built-in start is trained: TOY's setting, one SFT run like any other
+START: dict[str, Any] = {  # how the built-in start is trained: TOY's setting, one SFT run like any other
     "method": "sft", "loss": None, "steps": 2400, "batch_size": 48, "micro_batch_size": 48,
     "lr": 4e-3, "optimizer": "adamw", "adam_beta2": 0.98, "warmup": 80.0, "schedule": "linear",
     "weight_decay": 0.0, "max_grad_norm": 1.0, "log_every": 50,
@@ -261,11 +268,12 @@ def parse_args(argv: Sequence[str]) -> Config:
 
 def help_strings() -> Iterator[tuple[str, Any, str]]:
     """Name, type and help of each flag: the help is the string under the field."""
-    body = ast.parse(inspect.getsource(Config)).body[0].body  # type: ignore[attr-defined]
+    body: list[Any] = ast.parse(inspect.getsource(Config)).body[0].body  # type: ignore[attr-defined]
     hints = typing.get_type_hints(Config)
     for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign):
-            yield field.target.id, hints[field.target.id], text.value.value
+            name = field.target.id  # type: ignore[union-attr]
+            yield name, hints[name], text.value.value
 
 
 def check(config: Config) -> Config:
@@ -296,69 +304,6 @@ def check(config: Config) -> Config:
     return config
 
 
-# ------------------------------------------------------------------------------------- the losses
-
-
-def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Direct preference optimization (arXiv 2305.18290, eq. 7), with cDPO's smoothing.
-
-    Args: four (N,) tensors of summed log-probs.
-    Returns: losses, rewards of the chosen, rewards of the rejected: (N,) each; the rewards
-        (eq. 5 without the partition function, which cancels) carry no gradient.
-    """
-    logits = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
-    right, wrong = F.logsigmoid(beta * logits), F.logsigmoid(-beta * logits)
-    losses = -(1 - label_smoothing) * right - label_smoothing * wrong
-    rewards = (beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected))
-    return losses, rewards[0].detach(), rewards[1].detach()
-
-
-def orpo_loss(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor, lam: float = 0.05) -> Tensor:
-    """ORPO's odds-ratio term (arXiv 2403.07691, eq. 7) on two (N,) mean log-probs per token. (N,).
-
-    The odds p / (1 - p) of a probability within 1e-6 of 1 are those at that distance.
-    """
-    chosen, rejected = (x.clamp(max=-1e-6) for x in (chosen_mean_logp, rejected_mean_logp))
-    log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
-    return -lam * F.logsigmoid(log_odds)
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, exact at both ends."""
-    return torch.log(-torch.expm1(x))
-
-
-def pair_loss(
-    config: Config, policy: Sequence[Tensor], reference: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss that the flags ask for: (N,) losses, chosen and rejected rewards.
-
-    `policy` and `reference` are what `pair_logprobs` gives; ORPO and SFT read no reference.
-    """
-    chosen, rejected, n_chosen, n_rejected = policy
-    if config.method == "sft":
-        return torch.zeros_like(chosen), chosen.detach(), rejected.detach()
-    if config.loss == "orpo":
-        means = (chosen / n_chosen, rejected / n_rejected)
-        rewards = [config.orpo_lambda * mean.detach() for mean in means]
-        return orpo_loss(*means, config.orpo_lambda), rewards[0], rewards[1]
-    args = (chosen, rejected, *reference[:2])
-    losses, *rewards = dpo_loss(*args, config.beta, config.label_smoothing)
-    gap = (chosen - rejected) - (reference[0] - reference[1])
-    if config.loss == "ipo":  # arXiv 2310.12036, eq. 17: the gap aims at 1 / (2 beta)
-        losses = (gap - 1 / (2 * config.beta)) ** 2
-    if config.loss == "hinge":  # SLiC, arXiv 2305.10425, against a reference
-        losses = torch.relu(1 - config.beta * gap)
-    return losses, rewards[0], rewards[1]
-
-
 # -------------------------------------------------------------------------------------- the ranks
 
 
@@ -369,7 +314,7 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if cuda else "cpu")
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -393,7 +338,7 @@ class Ranks:
             # The root stays whole between forward and backward; a model that has no backward would
             # be left so, and its next update lost.
             kept = None if learns else True
-            for block in model.model["layers"]:
+            for block in model.model["layers"].children():
                 fully_shard(block, mesh=self.mesh, mp_policy=policy)
             fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=kept)
         model.to_empty(device=self.device).requires_grad_(learns)
@@ -499,6 +444,7 @@ class Trainer:
         if config.method != "sft" and config.loss != "orpo":
             self.models["reference"] = ranks.build(job.start, config, learns=False)
         self.source = self.make_source(config.ref_update_every or epoch)
+        self.nll_weight = 1.0 if config.loss in (None, "orpo") else config.nll_weight
         self.bad_steps = 0
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -517,7 +463,14 @@ class Trainer:
             if c.method == "sft":
                 rows = [Pair(row.prompt, row.chosen, []) for row in rows]
             return Static(rows, batch_size=c.batch_size, seed=c.seed)
-        same = ("batch_size", "seed", "max_length", "segment_rule", "ema_decay", "ema_every")
+        same: tuple[str, ...] = (
+            "batch_size",
+            "seed",
+            "max_length",
+            "segment_rule",
+            "ema_decay",
+            "ema_every",
+        )
         same += ("ref_update", "responses_per_prompt", "sample_every", "drop_identical")
         settings: dict[str, Any] = {name: getattr(c, name) for name in same}
         settings["segment_length"] = int(c.segment_length.replace("full", str(c.max_length)))
@@ -588,7 +541,7 @@ class Trainer:
         mine = order[self.ranks.rank :: self.ranks.world]
         real = len(mine)
         mine += order[-1:] * (math.ceil(count / self.ranks.world) - real)
-        nll_weight = 1.0 if c.method == "sft" or c.loss == "orpo" else c.nll_weight
+        constants = (c.beta, c.label_smoothing, c.orpo_lambda)
         for first in range(0, len(mine), c.micro_batch_size):
             indices = mine[first : first + c.micro_batch_size]
             batch = [pairs[i] for i in indices]
@@ -602,9 +555,9 @@ class Trainer:
                     reference = lm.pair_logprobs(self.models["reference"], batch)
             with self.phase("policy"), torch.set_grad_enabled(learn):
                 policy = lm.pair_logprobs(self.policy, batch)
-                losses, *rewards = pair_loss(c, policy, reference)
+                losses, *rewards = pair_loss(c.loss, policy, reference, *constants)
                 loss = (losses * weights).sum() / count
-                loss = loss - nll_weight * (policy[0] * weights).sum() / tokens
+                loss = loss - self.nll_weight * (policy[0] * weights).sum() / tokens
                 if learn:  # FSDP averages gradients over ranks; the sum is wanted
                     (loss * self.ranks.world).backward()
             columns = torch.stack((losses.detach(), policy[0], policy[1], *rewards), dim=1).detach()
@@ -617,8 +570,7 @@ class Trainer:
         losses, chosen, rejected, good, bad = stats.unbind(1)
         tokens = sum(len(pair.chosen) for pair in pairs)
         row = {prefix + "nll": -float(chosen.sum()) / tokens}
-        nll_weight = 1.0 if c.method == "sft" or c.loss == "orpo" else c.nll_weight
-        row[prefix + "loss"] = float(losses.mean()) + nll_weight * row[prefix + "nll"]
+        row[prefix + "loss"] = float(losses.mean()) + self.nll_weight * row[prefix + "nll"]
         row[prefix + "logps/chosen"] = float(chosen.mean())
         told = torch.tensor([p.rejected != p.chosen for p in pairs], device=stats.device)
         if c.method != "sft" and all(pair.rejected for pair in pairs):
@@ -691,9 +643,9 @@ class Trainer:
         """Appends the row to metrics.jsonl and prints the line that a person reads."""
         if not self.ranks.first:
             return
-        row = {"step": step, "phase": self.config.method} | row
+        whole = {"step": step, "phase": self.config.method} | row
         with self.job.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(whole) + "\n")
         names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
         names |= {"segment/identical": "same", "grad_norm": "norm", "eval/nll": "eval nll"}
         shown = " ".join(f"{names[k]} {row[k]:.4g}" for k in names if k in row)
@@ -837,10 +789,11 @@ def run(config: Config, ranks: Ranks) -> None:
     with_control = on_tasks and config.method != "sft"
     if with_control and not (out / "control").exists():
         control = dataclasses.replace(config, method="sft", loss=None, resume=False, save_every=0)
-        paths = {"metrics": out / "control.jsonl", "final": out / "control", "checkpoints": None}
+        beside = dataclasses.replace(job, metrics=out / "control.jsonl", final=out / "control")
+        beside.checkpoints = None
         if ranks.first:
-            paths["metrics"].unlink(missing_ok=True)
-        Trainer(control, dataclasses.replace(job, **paths), ranks).train()
+            beside.metrics.unlink(missing_ok=True)
+        Trainer(control, beside, ranks).train()
     Trainer(config, job, ranks).train()
     if on_tasks and ranks.first:
         models = {"start": start, "sft control": out / "control", config.method: out / "final"}
@@ -863,7 +816,7 @@ def read_rows(
 ) -> tuple[list[Pair], list[Pair]]:
     """Training and held-out rows as token ids; prints once what was dropped and cut."""
     paired = config.method in ("dpo", "orpo")
-    sets = []
+    sets: list[list[Pair]] = []
     for paths, split, needed in (
         (config.data, "clean", paired),
         (config.eval_data, "validation", False),
