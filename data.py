@@ -19,7 +19,6 @@ Whatever a file holds, what is wrong with it is an `InputError` of one line.
 """
 
 import base64
-import binascii
 import json
 import random
 import re
@@ -29,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,28 +99,32 @@ def encode_examples(
 def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
     """The row's tokens, nothing dropped or cut. Raises InputError naming the row."""
     try:
-        prompt = tokenizer.render(example.messages, add_generation_prompt=True)
-        answers = [a for a in (example.response, example.rejected) if a is not None]
-        responses = [_response_ids(tokenizer, example.messages, prompt, a) for a in answers]
+        text = tokenizer.render(example.messages, add_generation_prompt=True)
+        prompt = tokenizer.encode(text)
+        chosen = _response_ids(tokenizer, example.messages, text, prompt, example.response)
+        if example.rejected is None:
+            return Pair(prompt, chosen, [])
+        rejected = _response_ids(tokenizer, example.messages, text, prompt, example.rejected)
+        return Pair(prompt, chosen, rejected)
     except InputError as error:
         raise InputError(f"{example.where}: {error}") from None
-    return Pair(tokenizer.encode(prompt), responses[0], responses[1] if responses[1:] else [])
 
 
-def _response_ids(tokenizer: "Tokenizer", messages: Messages, prompt: str, answer: str) -> list[int]:
+def _response_ids(
+    tokenizer: "Tokenizer", messages: Messages, text: str, prompt: list[int], answer: str
+) -> list[int]:
     """What the template for the whole conversation adds to the prompt, through its last EOS."""
     whole = tokenizer.render([*messages, {"role": "assistant", "content": answer}])
-    if not whole.startswith(prompt):
+    if not whole.startswith(text):
         raise InputError(
             "the chat template's prompt is no prefix of the conversation that it renders; "
             "choose another by --chat-template"
         )
-    prompt_ids, ids = tokenizer.encode(prompt), tokenizer.encode(whole)
-    if ids[: len(prompt_ids)] == prompt_ids:
-        ids = ids[len(prompt_ids) :]
-    else:  # merged across the boundary; when generating, the prompt's tokens are there first
-        ids = tokenizer.encode(whole[len(prompt) :], continuing=True)
-    return tokenizer.end_turn(ids)
+    ids = tokenizer.encode(whole)
+    if ids[: len(prompt)] == prompt:
+        return tokenizer.end_turn(ids[len(prompt) :])
+    # Merged across the boundary. When generating, the prompt's tokens are there first.
+    return tokenizer.end_turn(tokenizer.encode(whole[len(text) :], continuing=True))
 
 
 # -------------------------------------------------------------------------------------- data files
@@ -298,7 +301,9 @@ TOKENIZER_FILES = (
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
     "generation_config.json",
 )
-SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # each with _token behind it
+SPECIAL_NAMES = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B)))
+SPACES += "\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space; Python's strip() takes more
 
 
 class Added(NamedTuple):
@@ -312,28 +317,670 @@ class Added(NamedTuple):
     normalized: bool = False  # it is looked for in the normalized text
 
 
-class Tokenizer:
-    """A checkpoint's tokenizer and chat template. Made by `load_tokenizer`.
+def load_tokenizer(path: str | Path, chat_template: str | None = None) -> "Tokenizer":
+    """The tokenizer in a checkpoint's folder, of which it needs only the tokenizer's files.
 
-    eos_ids: what may end an assistant's turn, the tokenizer's own EOS first.
-    vocab_size: the largest id + 1.
+    `chat_template` names a fallback, a key of FALLBACKS, to use in place of the checkpoint's own.
+    Raises InputError for a folder without a tokenizer, and for one that is not implemented.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; it should be a checkpoint's")
+    if chat_template is not None and chat_template not in FALLBACKS:
+        raise InputError(f"--chat-template {chat_template!r} is not one of {', '.join(FALLBACKS)}")
+    config = _optional_json(folder / "tokenizer_config.json")
+    with _reading(f"the tokenizer in {folder}"):
+        return Tokenizer(folder, _codec(folder, config), config, chat_template)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template, made by `load_tokenizer`.
+
+    eos_ids: what may end an assistant's turn; the tokenizer's own EOS is first.
+    vocab_size: the largest id + 1, which a padded embedding may exceed.
     """
 
-    def __init__(self, folder: Path, codec: "Codec", chat_template: str | None) -> None:
-        self.files = {f: (folder / f).read_bytes() for f in TOKENIZER_FILES if _exists(folder / f)}
-        config = read_json(folder / "tokenizer_config.json") if self._has(folder) else {}
+    def __init__(
+        self, folder: Path, codec: "Codec", config: dict[str, Any], chat_template: str | None
+    ) -> None:
+        files = [folder / name for name in TOKENIZER_FILES]
+        self.files = {file.name: file.read_bytes() for file in files if file.is_file()}
         self.codec = codec
         self.specials = codec.specials | _special_tokens(folder, config)
-        self.added = _added_tokens(codec, config, folder, self.specials)
-        plain = {text: token for text, token in self.added.items() if not token.normalized}
-        other = {codec.normalize(t): token for t, token in self.added.items() if token.normalized}
-        self.searches = [(_any_of(tokens), tokens) for tokens in (plain, other) if tokens]
-        self.vocab_size = max([*codec.ids, *(token.id for token in self.added.values())]) + 1
-        self.template = _template(folder, config, chat_template, self)
-        self.eos_ids, self.template_ends = _eos_ids(folder, self)
-        if chat_template is not None:
-            self.files["chat_template.jinja"] = FALLBACKS[chat_template][0].encode()
+        self.added = _added_tokens(folder, config, codec, self.specials)
+        self.table = codec.table | {t.id: codec.to_bytes(t.text) for t in self.added.values()}
+        self.vocab_size = max(self.table) + 1
+        plain = {text: t for text, t in self.added.items() if not t.normalized}
+        other = {codec.normalize(text): t for text, t in self.added.items() if t.normalized}
+        self._plain, self._other = Search(plain), Search(other)
+        source, self.template_name = _template_source(folder, config, chat_template)
+        self._template = self._compile(source)
+        if source is not None and chat_template is not None:
+            self.files["chat_template.jinja"] = source.encode()
+        self.eos_ids, self._template_ends = self._find_eos(folder)
 
-    @staticmethod
-    def _has(folder: Path) -> bool:
-        return _exists(folder / "tokenizer_config.json")
+    def encode(self, text: str, continuing: bool = False) -> list[int]:
+        """Token ids, without BOS or EOS. The text of a special token becomes its id.
+
+        `continuing`: more text is before it, so that SentencePiece adds no space in front.
+        Lone surrogates, which no UTF-8 has, become U+FFFD.
+        """
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids: list[int] = []
+        first = not continuing
+        for raw in self._plain.split(text):
+            if isinstance(raw, int):
+                ids.append(raw)
+                first = False
+                continue
+            for part in self._other.split(self.codec.normalize(raw)):
+                ids += [part] if isinstance(part, int) else self.codec.encode(part, first)
+                first = False
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens included. Bytes that are no UTF-8 become U+FFFD.
+
+        As in transformers, an id without a token (the padding of an embedding has such) is empty.
+        """
+        if any(i < 0 for i in ids):
+            raise InputError(f"token id {min(ids)} is negative")
+        return self.codec.decode([int(i) for i in ids if int(i) in self.table], self.table)
+
+    def apply_chat_template(
+        self, messages: Messages, add_generation_prompt: bool = False
+    ) -> list[int]:
+        """Token ids of the rendered conversation. Raises InputError where the template refuses."""
+        return self.encode(self.render(messages, add_generation_prompt))
+
+    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation. A template is a foreign program: all it raises is caught."""
+        if self._template is None:
+            raise InputError("the checkpoint has no chat template; pass --chat-template " + _NAMES)
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.specials,
+            )
+        except Exception as error:
+            detail = f"{type(error).__name__}: {_line(error)}"
+            raise InputError(
+                f"{self.template_name} fails on this conversation ({detail}); "
+                f"mend one of them, or pass --chat-template {_NAMES}"
+            ) from None
+
+    def end_turn(self, ids: list[int]) -> list[int]:
+        """A rendered response through its last EOS, or with one where the template sets none."""
+        if not self.eos_ids:
+            raise InputError("the tokenizer has no EOS; set eos_token in tokenizer_config.json")
+        places = [i for i, token in enumerate(ids) if token in self.eos_ids]
+        if self._template_ends and places:
+            return ids[: places[-1] + 1]
+        return [*ids, self.eos_ids[0]]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the tokenizer's files, as they were read, into a folder; and a chosen fallback."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for name, data in self.files.items():
+            (Path(path) / name).write_bytes(data)
+
+    def _compile(self, source: str | None) -> jinja2.Template | None:
+        if source is None:
+            return None
+        for text in FALLBACK_TOKENS.get(self.template_name, ()):
+            if text not in self.added and text not in self.specials:
+                raise InputError(f"--chat-template {self.template_name} needs the token {text}")
+        try:
+            return JINJA.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise InputError(f"{self.template_name} is no jinja template: {_line(error)}") from None
+
+    def _find_eos(self, folder: Path) -> tuple[tuple[int, ...], bool]:
+        """(eos_ids, whether the template itself puts one of them behind a response)."""
+        eos = self.specials.get("eos_token")
+        if eos is not None and eos not in self.added:
+            raise InputError(f"{folder}: eos_token {_short(eos)} is not in the vocabulary")
+        ids = [self.added[eos].id] if eos is not None else []
+        for file in (folder / "generation_config.json", folder / "config.json"):
+            value = _optional_json(file).get("eos_token_id")
+            ids += value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
+                raise InputError(f"{file}: eos_token_id {_short(value)} is not in the vocabulary")
+        tail = self.encode(self._turn_tail(), continuing=True)
+        if tail and tail[0] in {token.id for token in self.added.values()}:
+            ids.append(tail[0])  # Qwen2.5's base: its eos_token is another than what ends a turn
+        return tuple(dict.fromkeys(ids)), bool(set(ids) & set(tail))
+
+    def _turn_tail(self) -> str:
+        """What the template puts behind an assistant's last turn."""
+        if self._template is None:
+            return ""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qzx"}]
+        return self.render(turns).rpartition("qzx")[2].lstrip()
+
+
+class Search:
+    """Finds added tokens in text: leftmost, then longest, as transformers does."""
+
+    def __init__(self, tokens: dict[str, Added]) -> None:
+        longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+        self.tokens = tokens
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """The text, in order, with the ids of the tokens in it. No string is empty."""
+        start = 0
+        for match in self.pattern.finditer(text):
+            token, (left, right) = self.tokens[match[0]], match.span()
+            if token.single_word and re.search(r"\w", text[left - 1 : left] + text[right:][:1]):
+                continue
+            gap = text[start:left]
+            gap = gap.rstrip(SPACES) if token.lstrip else gap
+            if gap:
+                yield gap
+            yield token.id
+            start = right
+            while token.rstrip and text[start : start + 1] in SPACES and start < len(text):
+                start += 1
+        if start < len(text):
+            yield text[start:]
+
+
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """{"eos_token": its text, ...}. The config's word counts more than the older map's."""
+    named = _optional_json(folder / "special_tokens_map.json") | config
+    values = {name: named[name] for name in SPECIAL_NAMES if named.get(name) is not None}
+    return {name: v["content"] if isinstance(v, dict) else str(v) for name, v in values.items()}
+
+
+def _added_tokens(
+    folder: Path, config: dict[str, Any], codec: "Codec", specials: dict[str, str]
+) -> dict[str, Added]:
+    """By text: what tokenizer.json, the configs, and the special tokens' names say is added."""
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    old = _optional_json(folder / "added_tokens.json")
+    listed = [{"content": text, "id": i} for text, i in old.items()] + codec.added
+    listed += [v | {"id": int(i)} for i, v in config.get("added_tokens_decoder", {}).items()]
+    added = {
+        text: Added(codec.vocab[text], text) for text in specials.values() if text in codec.vocab
+    }
+    for token in listed:
+        values = {flag: bool(token.get(flag, False)) for flag in flags}
+        added[token["content"]] = Added(int(token["id"]), token["content"], **values)
+    return added
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+# ------------------------------------------------------------------- codecs: plain text and tokens
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same within the segments between digits: a digit ends a segment, and so a run of white space.
+DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPECIAL = (  # in the order of their ids; reserved ones follow, to 256 in all
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"),
+    *("<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"),
+    *("<|python_tag|>", "<|image|>"),
+)
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [b for b in range(256) if b not in _VISIBLE]
+ALPHABET = {chr(b): b for b in _VISIBLE} | {chr(256 + i): b for i, b in enumerate(_HIDDEN)}
+LONGEST_SPACE = 100_000  # tiktoken's regular expressions overflow their stack at some more
+_LONG_SPACES = re.compile(r"\s{1000,}")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+
+
+class Codec:
+    """Turns text without added tokens into ids, and back.
+
+    vocab: ids by the token's text in the file; table: what ids stand for; specials and added: what
+    the file itself says of special tokens, as in tokenizer_config.json and tokenizer.json.
+    """
+
+    def __init__(self, vocab: dict[str, int], table: dict[int, bytes]) -> None:
+        self.vocab, self.table = vocab, table
+        self.specials: dict[str, str] = {}
+        self.added: list[dict[str, Any]] = []
+
+    def normalize(self, text: str) -> str:
+        """The text as the vocabulary expects it."""
+        return text
+
+    def to_bytes(self, token: str) -> bytes:
+        """What an added token decodes to."""
+        return token.encode()
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        """Token ids. `first`: nothing is before the text."""
+        raise NotImplementedError
+
+    def decode(self, ids: list[int], table: dict[int, bytes]) -> str:
+        """The text of ids, which `table` has."""
+        raise NotImplementedError
+
+
+class BytePairs(Codec):
+    """Byte-level BPE through tiktoken. Its rank is a token's index in `order`."""
+
+    def __init__(
+        self, vocab: dict[str, int], order: list[str], pattern: str, nfc: bool, unk: int | None
+    ) -> None:
+        super().__init__(vocab, {i: self.to_bytes(token) for token, i in vocab.items()})
+        self.nfc = nfc
+        # Bytes that are not in the vocabulary are dropped, as in transformers, or become `unk`.
+        order = order + [char for char in ALPHABET if char not in vocab]
+        self.ids = [vocab.get(token, unk) for token in order]
+        ranks = {self.to_bytes(token): rank for rank, token in enumerate(order)}
+        # What no alternative matches is a piece too, where tiktoken alone would drop it.
+        whole = f"{pattern}|(?:(?!{pattern})(?s:.))+"
+        self.bpe = tiktoken.Encoding("bpe", pat_str=whole, mergeable_ranks=ranks, special_tokens={})
+
+    def normalize(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
+    def to_bytes(self, token: str) -> bytes:
+        known = all(char in ALPHABET for char in token)
+        return bytes(ALPHABET[char] for char in token) if known else token.encode()
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        ranks = [rank for part in _short_spaces(text) for rank in self.bpe.encode_ordinary(part)]
+        return [i for i in map(self.ids.__getitem__, ranks) if i is not None]
+
+    def decode(self, ids: list[int], table: dict[int, bytes]) -> str:
+        return b"".join(map(table.__getitem__, ids)).decode("utf-8", "replace")
+
+
+def _short_spaces(text: str) -> Iterator[str]:
+    """The text in parts, none of which has more than LONGEST_SPACE of white space in a row."""
+    start = 0
+    if len(text) > LONGEST_SPACE:
+        for run in _LONG_SPACES.finditer(text):
+            for end in range(run.start() + LONGEST_SPACE, run.end(), LONGEST_SPACE):
+                yield text[start:end]
+                start = end
+    yield text[start:]
+
+
+class SentencePieces(Codec):
+    """A SentencePiece model, with its control tokens found in the text as transformers does.
+
+    `legacy`: a space is put in front of each text between added tokens, and not only of the first.
+    """
+
+    def __init__(self, model: bytes, legacy: bool) -> None:
+        self.spaced = sentencepiece.SentencePieceProcessor(model_proto=model)
+        # Concatenated protocol buffers are merged: this is normalizer_spec.add_dummy_prefix = false
+        self.bare = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+        self.legacy = legacy
+        sp, ids = self.spaced, range(len(self.spaced))
+        pieces = [sp.id_to_piece(i) for i in ids]
+        self.bytes = {i: bytes([int(pieces[i][3:5], 16)]) for i in ids if sp.is_byte(i)}
+        table = {i: piece.replace("\u2581", " ").encode() for i, piece in enumerate(pieces)}
+        super().__init__({piece: i for i, piece in enumerate(pieces)}, table | self.bytes)
+        named = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
+        self.specials = {name: pieces[i] for name, i in named.items() if i >= 0}
+        found = [i for i in ids if sp.is_control(i) or sp.is_unknown(i)]
+        self.added = [{"content": pieces[i], "id": i} for i in found]
+
+    def encode(self, text: str, first: bool) -> list[int]:
+        return list((self.spaced if first or self.legacy else self.bare).encode(text))
+
+    def decode(self, ids: list[int], table: dict[int, bytes]) -> str:
+        text = ""
+        for _, run in groupby(ids, self.bytes.__contains__):
+            data = b"".join(map(table.__getitem__, run))
+            try:
+                text += data.decode()
+            except UnicodeDecodeError:  # transformers: one U+FFFD for each byte of the run
+                text += "\ufffd" * len(data)
+        return text[1:] if text.startswith(" ") else text  # the space that encoding has added
+
+
+def _codec(folder: Path, config: dict[str, Any]) -> Codec:
+    """What the folder's files hold: a tokenizer.model is told by its content, not its name."""
+    model = folder / "tokenizer.model"
+    data = model.read_bytes() if model.is_file() else b""
+    if data and not _TIKTOKEN_LINE.match(data):
+        with _reading(str(model)):
+            return SentencePieces(data, legacy=bool(config.get("legacy", False)))
+    if (folder / "tokenizer.json").is_file():
+        return _byte_level(folder / "tokenizer.json")
+    if data:
+        return _llama3(model, data)
+    raise InputError(f"{folder} has no tokenizer; it should hold tokenizer.json or tokenizer.model")
+
+
+def _llama3(path: Path, data: bytes) -> BytePairs:
+    """tiktoken's format: lines of a token in base64 and its rank, which is its id."""
+    chars = {byte: char for char, byte in ALPHABET.items()}
+    with _reading(str(path)):
+        lines = [line.split() for line in data.splitlines() if line]
+        tokens = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        vocab = {"".join(chars[b] for b in token): rank for token, rank in tokens.items()}
+        codec = BytePairs(vocab, sorted(vocab, key=vocab.__getitem__), LLAMA3, False, None)
+    rest = (f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(LLAMA3_SPECIAL) + 2))
+    names = enumerate([*LLAMA3_SPECIAL, *rest], max(tokens.values()) + 1)
+    codec.added = [{"content": name, "id": i} for i, name in names]
+    codec.specials = {"bos_token": LLAMA3_SPECIAL[0], "eos_token": LLAMA3_SPECIAL[1]}
+    return codec
+
+
+def _byte_level(path: Path) -> BytePairs:
+    """Reads a tokenizer.json that is byte-level BPE; what it leaves out of it changes no id."""
+    spec = read_json(path)
+    with _reading(str(path)):
+        model, pattern = spec["model"], _pattern(spec.get("pre_tokenizer"), path)
+        normalizer = spec.get("normalizer")
+        if normalizer not in (None, {"type": "NFC"}):
+            raise _unknown(path, "normalizer", normalizer)
+        if model.get("type", "BPE") != "BPE":
+            raise _unknown(path, "model type", model["type"])
+        for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
+            if model.get(key):
+                raise _unknown(path, key, model[key])
+        vocab: dict[str, int] = model["vocab"]
+        unk = vocab[model["unk_token"]] if model.get("unk_token") else None
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        order = _token_order(vocab, merges, bool(model.get("ignore_merges")), path)
+        codec = BytePairs(vocab, order, pattern, normalizer is not None, unk)
+        codec.added = spec.get("added_tokens") or []
+    return codec
+
+
+def _unknown(path: Path, key: str, value: Any) -> InputError:
+    return InputError(
+        f"{path}: {key} {_short(value)} is not implemented; this reads byte-level BPE as Llama 3, "
+        "Qwen2.5 and SmolLM2 have it (for SentencePiece, add the checkpoint's tokenizer.model)"
+    )
+
+
+def _pattern(pre: Any, path: Path) -> str:
+    """The regular expression of the pieces within which a pre-tokenizer lets bytes merge."""
+    steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre or {"type": None}]
+    *before, last = steps
+    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
+        regex = last.get("use_regex", True)
+        if not before and regex:
+            return GPT2
+        if before == [{"type": "Digits", "individual_digits": True}] and regex:
+            return DIGITS
+        if len(before) == 1 and before[0]["type"] == "Split" and not regex:
+            isolated = before[0]["behavior"] == "Isolated" and not before[0]["invert"]
+            if isolated and "Regex" in before[0]["pattern"]:
+                return str(before[0]["pattern"]["Regex"])
+    raise _unknown(path, "pre_tokenizer", pre)
+
+
+def _token_order(
+    vocab: dict[str, int], merges: Sequence[Sequence[str]], whole: bool, path: Path
+) -> list[str]:
+    """The tokens that merging can reach, by the rank of the merge that makes them.
+
+    tiktoken merges any two neighbours whose bytes are a token; `tokenizer.json` only the pairs that
+    it lists. The two agree if each token's own bytes merge into it by listed pairs: had another
+    pair met, with a better rank, it would have met there too. A token that fails this is never made
+    by listed pairs, so tiktoken must not know it; unless (`whole`, ignore_merges in the file) it
+    stands for a piece that equals it, which tiktoken does by itself.
+    """
+    ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
+    made = {a + b for a, b in ranks}
+    if not made <= vocab.keys():
+        raise InputError(f"{path}: a merge makes {_short(min(made - vocab.keys()))}, not a token")
+    reached: list[tuple[int, str]] = []
+    rest: list[tuple[int, str]] = []
+    for token in vocab:
+        if len(token) > 1 and (token in made or whole) and all(c in ALPHABET for c in token):
+            parts, rank = _merge(list(token), ranks)
+            if len(parts) == 2 and whole:
+                raise InputError(f"{path}: no merge makes {_short(token)}; with ignore_merges ...")
+            (reached if len(parts) == 1 else rest).append((rank, token))
+    singles = [char for char in ALPHABET if char in vocab]
+    return singles + [token for _, token in sorted(reached)] + [t for _, t in rest if whole]
+
+
+def _merge(parts: list[str], ranks: dict[tuple[str, str], int]) -> tuple[list[str], int]:
+    """Byte-pair encoding, plainly: (what is left of the parts, the rank of the last merge)."""
+    last, none = -1, len(ranks)
+    while len(parts) > 1:
+        found = [ranks.get(pair, none) for pair in pairwise(parts)]
+        best = min(found)
+        if best == none:
+            break
+        i, last = found.index(best), best
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts, last
+
+
+# ---------------------------------------------------------------------------------- chat templates
+
+FALLBACKS = {  # for base models, which have none: named by --chat-template
+    "chatml": (
+        "{% for message in messages %}"
+        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "zephyr": (
+        "{% for message in messages %}"
+        "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+    "llama3": (
+        "<|begin_of_text|>{% for message in messages %}"
+        "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+        "{{ message['content'] | trim }}<|eot_id|>"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+}
+FALLBACK_TOKENS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "zephyr": ("eos_token",),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+_NAMES = "|".join(FALLBACKS)
+
+
+def _template_source(
+    folder: Path, config: dict[str, Any], fallback: str | None
+) -> tuple[str | None, str]:
+    """(a template's text, what to call it). The file of its own counts more than the config."""
+    if fallback is not None:
+        return FALLBACKS[fallback], fallback
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        with _reading(str(file)):
+            return file.read_text(encoding="utf-8"), str(file)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{folder}/tokenizer_config.json: chat_template is not text")
+    return template, f"the chat template in {folder}"
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's text for other trainers; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> jinja2.Environment:
+    """jinja2's sandbox with what transformers gives to templates."""
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    env.filters["tojson"] = to_json
+    return env
+
+
+JINJA = _environment()
+
+
+# ---------------------------------------------------------------------------------- built-in tasks
+
+SEEN = ("reverse", "add", "sort", "second")  # kinds that the clean set has
+UNSEEN = ("double", "rotate", "count", "swap")  # kinds that only pre-training has
+REWRITE_PROMPT = "{prompt} | {draft}"  # asks for another answer than the draft
+_STEPS: dict[str, Callable[[str], list[str]]] = {  # a word's answer, in the steps of its working
+    "reverse": lambda word: list(word[::-1]),
+    "sort": lambda word: sorted(word),
+    "second": lambda word: list(word[1::2]),
+    "double": lambda word: [2 * letter for letter in word],
+    "rotate": lambda word: list(word[1:] + word[:1]),
+    "swap": lambda word: [word[i : i + 2][::-1] for i in range(0, len(word), 2)],
+}
+_LENGTHS = {"second": (4, 6), "double": (3, 4), "swap": (4, 6)}  # of the word; others: 3 to 5
+_SHARES = {"test": (0, 1), "validation": (1, 2), "pretrain": (2, 10), "clean": (2, 10)}  # tenths
+
+
+def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> list[Example]:
+    """`n` examples of the built-in tasks, kinds in turn: the first k of n are those of k.
+
+    split: "pretrain" has all kinds and answers of mixed quality, half of them right, and for
+    `rewrite_share` of its rows REWRITE_PROMPT with a draft, the response being another draft;
+    "clean" has seen kinds and right answers; "validation" and "test" have all kinds and right
+    answers. All but "pretrain" have a flawed `rejected`. A prompt's hash puts it in one of test,
+    validation and training, so that these share none.
+    """
+    if split not in _SHARES:
+        raise InputError(f"split {split!r} is not one of {', '.join(_SHARES)}")
+    rng = random.Random(hash_seed("tasks", split, seed))
+    kinds = (
+        SEEN if split == "clean" else [k for both in zip(SEEN, UNSEEN, strict=True) for k in both]
+    )
+    return [_task(split, i, kinds[i % len(kinds)], rewrite_share, rng) for i in range(n)]
+
+
+def _task(split: str, index: int, kind: str, rewrite_share: float, rng: random.Random) -> Example:
+    prompt = _prompt(kind, rng)
+    low, high = _SHARES[split]
+    while not low <= hash_seed("split", prompt) % 10 < high:
+        prompt = _prompt(kind, rng)
+    answer, rejected = right_answer(prompt), None
+    if split != "pretrain":
+        rejected = flawed_answer(answer, rng)
+    else:
+        draft, answer = (a if rng.random() < 0.5 else flawed_answer(a, rng) for a in (answer,) * 2)
+        if rng.random() < rewrite_share:
+            prompt = REWRITE_PROMPT.format(prompt=prompt, draft=draft)
+    return Example(
+        ({"role": "user", "content": prompt},), answer, rejected, f"task:{split}:{index}"
+    )
+
+
+def _prompt(kind: str, rng: random.Random) -> str:
+    if kind == "add":
+        return f"add {rng.randint(10, 99)} {rng.randint(10, 99)}"
+    letters = string.ascii_lowercase
+    word = rng.choices(letters, k=rng.randint(*_LENGTHS.get(kind, (3, 5))))
+    if kind != "count":
+        return f"{kind} {''.join(word)}"
+    letter = rng.choice(letters)
+    return f"count {letter} {''.join(letter if rng.random() < 0.5 else other for other in word)}"
+
+
+def right_answer(prompt: str) -> str:
+    """The one right answer, as working and result: "reverse abcd" -> "d-c-b-a > dcba".
+
+    Works for a rewriting prompt too. Raises InputError for what is no built-in task.
+    """
+    kind, *words = prompt.split(" | ")[0].split(" ")
+    if kind in _STEPS and len(words) == 1:
+        steps = _STEPS[kind](words[0])
+        return f"{'-'.join(steps)} > {''.join(steps)}"
+    if kind == "count" and len(words) == 2:
+        counts = [str(words[1][: i + 1].count(words[0])) for i in range(len(words[1]))]
+        return f"{'-'.join(counts)} > {counts[-1]}"
+    if kind == "add" and len(words) == 2 and all(re.fullmatch("[1-9][0-9]", w) for w in words):
+        a, b = map(int, words)
+        ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
+        tens = a // 10 + b // 10 + carry
+        return f"{a % 10}+{b % 10}={ones}-{a // 10}+{b // 10}={tens} > {a + b}"
+    raise InputError(
+        f"{_short(prompt)} is not a built-in task such as 'reverse abcd' or 'add 46 27'"
+    )
+
+
+def flawed_answer(answer: str, rng: random.Random) -> str:
+    """A right answer, spoilt in one of four ways: one cannot tell from the prompt which."""
+    working, result = answer.split(" > ")
+    flaw, steps = rng.randrange(4), working.split("-")
+    if flaw == 0:  # without the working
+        return result
+    if flaw == 1:  # a wrong last character
+        same_sort = string.digits if result[-1].isdigit() else string.ascii_lowercase
+        return answer[:-1] + rng.choice(same_sort.replace(result[-1], ""))
+    if flaw == 2:  # a step is missing
+        del steps[rng.randrange(len(steps))]
+        return f"{'-'.join(steps)} > {result}"
+    return f"{working}{rng.choice((' = ', ' : ', ' '))}{result}"  # a wrong separator
+
+
+def check_answer(prompt: str, answer: str) -> bool:
+    """Whether the answer is right to the letter, its working included. Text alone is needed."""
+    return answer == right_answer(prompt)
+
+
+def task_kind(prompt: str) -> str:
+    """The kind of a built-in task: one of SEEN or of UNSEEN."""
+    right_answer(prompt)
+    return prompt.split(" ")[0]
+
+
+def write_task_tokenizer(path: str | Path) -> None:
+    """Writes the built-in tasks' tokenizer: 256 bytes, whose ids are their values, and 4 markers.
+
+    transformers loads it with the same ids. Prompts are `<|user|>PROMPT<|assistant|>`, and
+    responses `ANSWER<|end|>`.
+    """
+    markers = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    spec = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": 256 + i, "content": text, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for i, text in enumerate(markers)
+        ],
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
+        "pre_tokenizer": step,
+        "decoder": step,
+        "model": {"type": "BPE", "vocab": dict(ALPHABET), "merges": []},
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "pad_token": "<|end|>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": "{% for message in messages %}<|{{ message['role'] }}|>"
+        "{{ message['content'] }}{% if message['role'] == 'assistant' %}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    }
+    Path(path).mkdir(parents=True, exist_ok=True)
+    for name, value in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+        (Path(path) / name).write_text(json.dumps(value, indent=1), encoding="utf-8")

@@ -16,8 +16,8 @@ token has, which tokens it sees, and where the head is needed.
 
 This file knows nothing of training, and nothing of `torch.distributed`.
 
-Shapes: B rows, T tokens, V vocabulary, D hidden size, H query heads, K key-value heads, E head
-size, N pairs, M scored tokens. A suffix on a name spells its shape: q_BHTE.
+Shapes: B rows, T tokens, S stored keys, V vocabulary, D hidden size, H query heads, K key-value
+heads, G = H / K, E head size, N pairs, M scored tokens. A suffix spells a shape: q_BHTE.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ from torch.utils.checkpoint import checkpoint
 class InputError(ValueError):
     """What the user gave is wrong. The message is one line: what, where, what would be right."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines())[:1000])
+
 
 def hash_seed(*parts: Any) -> int:
     """A 63-bit seed from any ints and strings: the same everywhere, unlike Python's `hash`."""
@@ -49,30 +52,30 @@ def hash_seed(*parts: Any) -> int:
 
 # ------------------------------------------------------------------------------------ the config
 
+SLIDING, FULL = "sliding_attention", "full_attention"
 FAMILIES: dict[str, dict[str, Any]] = {  # what a config.json of the family may leave out
-    "llama": {"num_key_value_heads": None, "attention_bias": False, "mlp_bias": False},
+    "llama": {"attention_bias": False, "mlp_bias": False},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False}
     | {"max_window_layers": 28},
 }
-COMPUTED = {  # keys that change the logits, and that Config reads
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act"),
-    *("tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "layer_types"),
-}
-INERT = {  # keys that do not change them (dropout: this project trains without)
-    *("architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
-    *("torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range"),
-    *("max_position_embeddings", "model_max_length", "tokenizer_class", "pretraining_tp"),
-    *("attention_dropout", "max_window_layers", "sliding_window", "return_dict", "id2label"),
-    *("label2id", "transformers.js_config", "is_llama_config", "unsloth_version", "unsloth_fixed"),
-    *("task_specific_params", "chunk_size_feed_forward", "problem_type", "finetuning_task"),
-    *("num_labels", "name_or_path", "keys_to_ignore_at_inference", "license", "top_p", "top_k"),
-    *("temperature", "max_length", "repetition_penalty", "torchscript"),
-}
+# Keys that change the logits, and are read; then those that do not change them (no dropout here).
+COMPUTED = """model_type vocab_size hidden_size intermediate_size num_hidden_layers head_dim
+    num_attention_heads num_key_value_heads rms_norm_eps hidden_act tie_word_embeddings rope_theta
+    rope_scaling rope_parameters layer_types""".split()  # noqa: SIM905
+INERT = """architectures auto_map bos_token_id eos_token_id pad_token_id unk_token_id torch_dtype
+    dtype transformers_version use_cache initializer_range max_position_embeddings model_max_length
+    max_sequence_length tokenizer_class pretraining_tp attention_dropout max_window_layers
+    sliding_window return_dict id2label label2id transformers.js_config is_llama_config
+    unsloth_version unsloth_fixed task_specific_params chunk_size_feed_forward problem_type
+    finetuning_task num_labels name_or_path keys_to_ignore_at_inference license torchscript
+    do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences
+    max_length length_penalty repetition_penalty""".split()  # noqa: SIM905
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPES = {"default": (), "linear": ("factor",), "llama3": LLAMA3}  # what each rope_type needs
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Rope:
     """Rotary position embedding (arXiv 2104.09864), with the scalings of Llama 2 and 3.1."""
 
@@ -81,21 +84,7 @@ class Rope:
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    @lru_cache(maxsize=32)  # noqa: B019  (a Rope lives as long as its model)
-    def frequencies(self, head_dim: int, device: torch.device) -> Tensor:
-        """(E/2,) float32: the angle that each pair of channels turns by at one position."""
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        freqs = 1.0 / (self.theta**exponent)
-        if self.kind == "linear":
-            freqs = freqs / self.factor
-        if self.kind == "llama3":  # long waves are slowed, short ones kept, those between blended
-            turns = self.original_max_position_embeddings * freqs / (2 * math.pi)
-            blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            blend = blend.clamp(0, 1)
-            freqs = (1 - blend) * freqs / self.factor + blend * freqs
-        return freqs.to(device)
+    original_max_position_embeddings: float = 8192.0  # tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,97 +113,107 @@ class Config:
         family = raw.get("model_type")
         if not isinstance(family, str) or family not in FAMILIES:
             raise InputError(f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
-        known = FAMILIES[family] | raw
         for key, value in raw.items():
-            unread = key not in COMPUTED and key not in INERT and key not in FAMILIES[family]
-            if unread and not key.startswith("_") and value not in (None, False, "", [], {}):
+            off = value in (None, False, "", [], {}) or key.startswith("_")
+            off = off or (key == "partial_rotary_factor" and value == 1)
+            if not off and key not in [*COMPUTED, *INERT, *FAMILIES[family]]:
                 raise InputError(f"{where}: key {key!r} is not implemented for {family}")
-        if known.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise InputError(f"{where}: hidden_act {known['hidden_act']!r} is not 'silu'")
+        known = {"hidden_act": "silu", "rms_norm_eps": 1e-6, **FAMILIES[family], **raw}
 
-        def size(key: str, default: int | None = None) -> int:
-            value = default if known.get(key) is None else known[key]
-            if type(value) is not int or not 0 < value < 2**31:
-                raise InputError(f"{where}: {key} is {value!r}, not a positive whole number")
+        def read(key: str, fits: Callable[[Any], bool], wanted: str, default: Any = None) -> Any:
+            value = known.get(key, default)
+            if not fits(value):
+                raise InputError(f"{where}: {key} is {value!r}, not {wanted}")
             return value
 
+        def size(key: str, most: int = 2**22) -> int:  # no product of two sizes overflows
+            fits = partial(_is_whole, most=most)
+            return read(key, fits, f"a whole number from 1 to {most}")
+
+        def flag(key: str) -> bool:
+            return read(key, lambda value: type(value) is bool, "true or false", default=False)
+
         heads, hidden = size("num_attention_heads"), size("hidden_size")
-        kv_heads, layers = size("num_key_value_heads", heads), size("num_hidden_layers")
-        head_dim = size("head_dim", hidden // heads)
-        if heads % kv_heads or head_dim % 2:
+        for key, value in (("num_key_value_heads", heads), ("head_dim", hidden // heads)):
+            known[key] = value if known.get(key) is None else known[key]
+        kv_heads, head_dim = size("num_key_value_heads"), size("head_dim")
+        if heads % kv_heads or head_dim % 2 or heads * head_dim > 2**22:
             raise InputError(
                 f"{where}: num_attention_heads {heads} must be a multiple of num_key_value_heads "
-                f"{kv_heads}, and head_dim {head_dim} even"
+                f"{kv_heads}, head_dim {head_dim} even, and heads x head_dim at most {2**22}"
             )
-        eps = known.get("rms_norm_eps", 1e-6)
-        if type(eps) not in (int, float) or not 0 < eps < 1:
-            raise InputError(f"{where}: rms_norm_eps is {eps!r}, not a small positive number")
-        flags = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
-        for key in flags:
-            if type(known.get(key, False)) is not bool:
-                raise InputError(f"{where}: {key} is {known[key]!r}, not true or false")
+        read("hidden_act", lambda value: value in ("silu", "swish"), "'silu'")
         return cls(
             vocab_size=size("vocab_size"),
             hidden_size=hidden,
             intermediate_size=size("intermediate_size"),
-            num_layers=layers,
+            num_layers=size("num_hidden_layers", 1024),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            norm_eps=float(eps),
-            tied=known.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2" or known.get("attention_bias", False),
-            o_bias=known.get("attention_bias", False),
-            mlp_bias=known.get("mlp_bias", False),
-            windows=_windows(known, layers, where),
+            norm_eps=read("rms_norm_eps", lambda v: _is_positive(v) and v < 1, "between 0 and 1"),
+            tied=flag("tie_word_embeddings"),
+            qkv_bias=flag("attention_bias") or family == "qwen2",
+            o_bias=flag("attention_bias"),
+            mlp_bias=flag("mlp_bias"),
+            windows=_windows(known, flag("use_sliding_window"), where),
             rope=_rope(known, where),
             raw=dict(raw),
         )
 
 
-def _windows(known: Mapping[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
-    """The sliding window of each layer: Mistral's of all, Qwen2's of those that it says."""
-    window = known.get("sliding_window")
-    if known["model_type"] == "llama" or not known.get("use_sliding_window", True):
+def _is_whole(value: Any, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e18
+
+
+def _windows(known: Mapping[str, Any], used: bool, where: str) -> tuple[int | None, ...]:
+    """The sliding window of each layer: all of Mistral's, and those of Qwen2 that it says."""
+    family, layers = known["model_type"], known["num_hidden_layers"]
+    window, first = known.get("sliding_window"), 0
+    if family == "llama" or (family == "qwen2" and not used):
         window = None
-    if window is not None and (type(window) is not int or window < 1):
+    if window is not None and not _is_whole(window, 2**40):
         raise InputError(f"{where}: sliding_window is {window!r}, not a positive number of tokens")
-    first = known["max_window_layers"] if known["model_type"] == "qwen2" else 0
-    kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    if window is not None and known.get("layer_types") is not None:
-        kinds = known["layer_types"]
-    elif known.get("layer_types") is not None and "sliding_attention" in known["layer_types"]:
-        raise InputError(f"{where}: layer_types has sliding_attention, but no window is in force")
-    if len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
-        raise InputError(f"{where}: layer_types must be {layers} times sliding or full_attention")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if window is not None and family == "qwen2":
+        first = known["max_window_layers"]
+        if type(first) is not int or first < 0:
+            raise InputError(f"{where}: max_window_layers is {first!r}, not a number of layers")
+    kinds = [FULL if window is None or i < first else SLIDING for i in range(layers)]
+    given = known.get("layer_types") or kinds
+    odd = not isinstance(given, list) or any(kind not in (FULL, SLIDING) for kind in given)
+    if odd or len(given) != layers:
+        raise InputError(f"{where}: layer_types is not {layers} times {FULL} or {SLIDING}")
+    if given != kinds and (family != "qwen2" or window is None):
+        raise InputError(f"{where}: layer_types do not agree with sliding_window {window}")
+    return tuple(window if kind == SLIDING else None for kind in given)
 
 
 def _rope(known: Mapping[str, Any], where: str) -> Rope:
     """`rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (5)."""
-    given = known.get("rope_parameters") or known.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise InputError(f"{where}: the RoPE parameters are {given!r}, not an object")
+    both = [known[key] for key in ("rope_scaling", "rope_parameters") if known.get(key)]
+    given = both[0] if both else {}
+    if any(not isinstance(one, dict) or one != given for one in both):
+        raise InputError(f"{where}: rope_scaling and rope_parameters are not one equal object")
     kind = given.get("rope_type", given.get("type", "default"))
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor")
-        + ("original_max_position_embeddings",),
-    }
-    if not isinstance(kind, str) or kind not in needed:
-        raise InputError(f"{where}: rope_type {kind!r} is not one of {', '.join(needed)}")
-    values = {key: given.get(key) for key in needed[kind]}
+    if not isinstance(kind, str) or kind not in ROPES:
+        raise InputError(f"{where}: rope_type {kind!r} is not one of {', '.join(ROPES)}")
+    values: dict[str, Any] = {key: given.get(key) for key in ROPES[kind]}
     values["theta"] = given.get("rope_theta", known.get("rope_theta", 10000.0))
     for key, value in values.items():
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if not _is_positive(value):
             raise InputError(f"{where}: RoPE's {key} is {value!r}, not a positive number")
-    read = {"rope_type", "type", "rope_theta", *needed[kind]}
     for key, value in given.items():
-        inert = value in (None, False) or (key == "partial_rotary_factor" and value == 1)
-        if key not in read and not inert:
+        off = value in (None, False) or (key == "partial_rotary_factor" and value == 1)
+        if not off and key not in ("rope_type", "type", "rope_theta", *ROPES[kind]):
             raise InputError(f"{where}: RoPE's {key!r} is not implemented for {kind!r}")
-    return Rope(kind=kind, **values)
+    rope = Rope(kind=kind, **values)
+    if rope.low_freq_factor >= rope.high_freq_factor:
+        raise InputError(f"{where}: RoPE's low_freq_factor is not below its high_freq_factor")
+    return rope
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -224,7 +223,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}".split("\n")[0]) from None
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
@@ -246,13 +245,10 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.checkpointing = False
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config, i) for i in range(config.num_layers)),
-                "norm": RMSNorm(config.hidden_size, config.norm_eps),
-            }
-        )
+        self.model: Any = nn.ModuleDict()
+        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model["layers"] = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.model["norm"] = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tied:  # a tied head has no parameter of its own, as in the saved files
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -264,6 +260,7 @@ class Transformer(nn.Module):
         config = Config.from_dict(read_json(Path(path) / "config.json"), f"{path}/config.json")
         with torch.device("meta"):
             model = cls(config).to(dtype)
+        find_weights(dict(model.named_parameters()), path)  # before memory is taken for them
         model.to_empty(device=device)
         load_weights(dict(model.named_parameters()), path)
         return model
@@ -397,10 +394,25 @@ class RMSNorm(nn.Module):
 
 def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines for positions (B or 1, T): two (B or 1, 1, T, E), computed in float32."""
-    freqs = config.rope.frequencies(config.head_dim, positions.device)
+    freqs = frequencies(config.rope, config.head_dim, positions.device)
     angles = positions[:, None, :, None].float() * freqs
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@lru_cache(maxsize=32)
+def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
+    """(E/2,) float32: the angle that each pair of channels turns by at one position."""
+    exponent = torch.arange(0, head_dim, 2).float() / head_dim
+    freqs = 1.0 / (rope.theta**exponent)
+    if rope.kind == "linear":
+        freqs = freqs / rope.factor
+    if rope.kind == "llama3":  # long waves are slowed, short ones kept, those between blended
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        turns = rope.original_max_position_embeddings * freqs / (2 * math.pi)
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        freqs = (1 - blend) * freqs / rope.factor + blend * freqs
+    return freqs.to(device)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -416,29 +428,34 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 class Layout:
     """Plain rows: every token sees itself and what is before it. The base of the other two."""
 
+    plain = True  # SDPA's own causal mask says it all, but for a window
+
     def __init__(self, tokens: Tensor) -> None:
         self.positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (B or 1, T)
         self.biases: dict[int | None, Tensor | None] = {}
 
-    def visible(self) -> Tensor | None:
-        """(B or 1, T, T) bool, who sees whom; None for plain causal rows."""
-        return None
+    def visible(self) -> Tensor:
+        """Who (queries, dim 1) sees whom (keys, dim 2) without a window: (B or 1, T, T) bool."""
+        places = torch.arange(self.positions.shape[1], device=self.positions.device)
+        return (places[:, None] >= places)[None]
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """What is added to the attention scores, built once per forward pass, not per layer."""
         if window not in self.biases:
-            visible, at = self.visible(), self.positions
-            if window is not None and at.shape[1] > window:
-                visible = at[:, :, None] >= at[:, None, :] if visible is None else visible
-                visible = visible & (at[:, :, None] - at[:, None, :] < window)
-            self.biases[window] = None if visible is None else additive(visible, dtype)[:, None]
+            at, bias = self.positions, None
+            reaches = window is None or at.shape[1] <= window
+            if not (self.plain and reaches):
+                near = True if window is None else at[:, :, None] - at[:, None, :] < window
+                bias = additive(self.visible() & near, dtype)[:, None]
+            self.biases[window] = bias
         return self.biases[window]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
         """Queries (B, H, T, E), keys and values (B, K, T, E) -> (B, H, T, E)."""
         bias = self.bias(window, q.dtype)
+        grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped
         )
 
     def read(self, x_BTD: Tensor, head_VD: Tensor) -> Tensor:
@@ -448,15 +465,20 @@ class Layout:
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where visible, -inf elsewhere: SDPA would make this of a bool mask in every layer."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, -math.inf
-    )
+    zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return zeros.masked_fill_(~visible, -math.inf)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    """Rows of numbers, filled up on the right: (B, T) int64."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
 
 
 class Cache(Layout):
     """A static key-value cache: the prompts of B rows, padded on the right, then `step` by step.
 
-    `size` is the most tokens that a row will have; `width` is how many keys any row may see.
+    `size` is the most tokens that a row will have, `lengths` how many each has.
     """
 
     def __init__(self, model: Transformer, lengths: list[int], size: int) -> None:
@@ -464,55 +486,49 @@ class Cache(Layout):
         shape = (config.num_layers, len(lengths), config.num_kv_heads, size, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=model.device)
         self.values = torch.zeros(shape, dtype=dtype, device=model.device)
-        self.size, self.width, self.decoding = size, max(lengths), False
-        self.last = torch.tensor(lengths, device=model.device) - 1  # (B,): each row's last token
-        self.positions = torch.arange(self.width, device=model.device)[None]
-        self.biases = {}
+        self.lengths, self.decoding, self.biases = lengths, False, {}
+        self.positions = torch.arange(max(lengths), device=model.device)[None]
 
     def step(self) -> "Cache":
         """Makes ready for one more token in each row, (B, 1)."""
         self.decoding, self.biases = True, {}
-        # A row that has stopped is carried until `keep` drops it: it stays at the last place.
-        self.last = (self.last + 1).clamp_max(self.size - 1)
-        self.width = min(self.width + 1, self.size)
-        self.positions = self.last[:, None]
-        self.places = torch.arange(self.width, device=self.last.device)[None]
-        self.rows = torch.arange(len(self.last), device=self.last.device)
+        self.lengths = [length + 1 for length in self.lengths]
+        self.positions = torch.tensor(self.lengths, device=self.keys.device)[:, None] - 1
+        self.rows = torch.arange(len(self.lengths), device=self.keys.device)
         return self
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops all rows but these."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.last = self.last[rows]
+    def keep(self, rows: list[int]) -> None:
+        """Drops all rows but these. A row whose place stays the same is not copied."""
+        for new, old in enumerate(rows):
+            if new != old:
+                self.keys[:, new], self.values[:, new] = self.keys[:, old], self.values[:, old]
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+        self.lengths = [self.lengths[row] for row in rows]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
         """As Layout's; stores k and v, and when decoding attends to all that is stored."""
+        keys_BKSE, values_BKSE = self.keys[layer], self.values[layer]
         if not self.decoding:
-            self.keys[layer, :, :, : k.shape[2]] = k
-            self.values[layer, :, :, : v.shape[2]] = v
+            keys_BKSE[:, :, : k.shape[2]], values_BKSE[:, :, : v.shape[2]] = k, v
             return super().attend(q, k, v, layer, window)
-        self.keys[layer, self.rows, :, self.last] = k[:, :, 0]
-        self.values[layer, self.rows, :, self.last] = v[:, :, 0]
+        last, width = self.positions[:, 0], max(self.lengths)
+        keys_BKSE[self.rows, :, last], values_BKSE[self.rows, :, last] = k[:, :, 0], v[:, :, 0]
         if window not in self.biases:
-            visible = self.places <= self.positions
-            if window is not None:
-                visible = visible & (self.places > self.positions - window)
-            self.biases[window] = additive(visible, q.dtype)[:, None, None]  # (B, 1, 1, width)
+            places = torch.arange(width, device=q.device)[None]
+            near = True if window is None else places > self.positions - window
+            bias = additive((places <= self.positions) & near, q.dtype)
+            self.biases[window] = bias[:, None, None]  # (B, 1, 1, S)
         # One query a row: two small products by hand cost less than SDPA's set-up. The query
         # heads of a group (G) become the rows of one product with the key head they share.
-        k_BKSE, v_BKSE = (
-            self.keys[layer, :, :, : self.width],
-            self.values[layer, :, :, : self.width],
-        )
-        q_BKGE = q.unflatten(1, (k_BKSE.shape[1], -1))[:, :, :, 0] * q.shape[-1] ** -0.5
-        scores_BKGS = q_BKGE @ k_BKSE.transpose(-1, -2) + self.biases[window]
-        return (scores_BKGS.float().softmax(-1).to(q.dtype) @ v_BKSE).flatten(1, 2)[:, :, None]
+        q_BKGE = q.unflatten(1, (k.shape[1], -1))[:, :, :, 0] * q.shape[-1] ** -0.5
+        scores_BKGS = q_BKGE @ keys_BKSE[:, :, :width].transpose(-1, -2) + self.biases[window]
+        weights_BKGS = scores_BKGS.float().softmax(-1).to(q.dtype)
+        return (weights_BKGS @ values_BKSE[:, :, :width]).flatten(1, 2)[:, :, None]
 
     def read(self, x_BTD: Tensor, head_VD: Tensor) -> Tensor:
         """The logits of each row's last token, (B, V)."""
-        last = torch.zeros_like(self.last) if self.decoding else self.last
-        x_BD = x_BTD[torch.arange(len(last), device=last.device), last]
-        return F.linear(x_BD, head_VD.to(x_BD.dtype))
+        last = [0 if self.decoding else length - 1 for length in self.lengths]
+        return F.linear(x_BTD[range(len(last)), last], head_VD.to(x_BTD.dtype))
 
 
 class Branches(Layout):
@@ -524,99 +540,71 @@ class Branches(Layout):
     """
 
     def __init__(self, pairs: Sequence[Any], device: torch.device) -> None:
-        rows = [branch(pair) for pair in pairs]
-        width = max(len(row.tokens) for row in rows)
-        self.tokens = torch.zeros((len(rows), width), dtype=torch.int64)
-        self.positions = torch.arange(width).repeat(len(rows), 1)
-        self.tails = torch.full((len(rows), width), 3)  # 0 prefix, 1 chosen, 2 rejected, 3 padding
-        for i, row in enumerate(rows):
-            end, fork = len(row.tokens), len(row.tokens) - row.rejected
-            self.tokens[i, :end] = torch.tensor(row.tokens)
-            self.positions[i, fork:] -= row.chosen
-            self.tails[i, : row.prefix], self.tails[i, row.prefix : fork] = 0, 1
-            self.tails[i, fork:end] = 2
-        self.forked = any(row.chosen and row.rejected for row in rows)
-        self.lengths = [n for row in rows for n in (row.shared, row.chosen, row.rejected)]
-        places = [i * width + place for i, row in enumerate(rows) for place in row.places]
-        targets = [target for row in rows for target in row.targets]
-        self.places = torch.tensor(places, dtype=torch.int64, device=device)  # (M,)
+        tokens: list[list[int]] = []
+        positions: list[list[int]] = []
+        tails: list[list[int]] = []  # 0 prefix, 1 chosen, 2 rejected, 3 padding
+        places: list[list[int]] = []  # where each scored token is predicted, along its own branch
+        targets: list[int] = []
+        self.lengths: list[int] = []
+        for prompt, chosen, rejected in pairs:
+            if not prompt:
+                raise ValueError("a pair needs a prompt, or its first token has no context")
+            shared = common_prefix(chosen, rejected)
+            n_chosen, n_rejected = len(chosen) - shared, len(rejected) - shared
+            prefix = len(prompt) + shared
+            last, fork, end = prefix - 1, prefix + n_chosen, prefix + n_chosen + n_rejected
+            tokens.append([*prompt, *chosen, *rejected[shared:]])
+            positions.append([*range(fork), *range(prefix, prefix + n_rejected)])
+            tails.append([0] * prefix + [1] * n_chosen + [2] * n_rejected)
+            first, second = [last, *range(prefix, fork)], [last, *range(fork, end)]
+            places.append([*range(last - shared, last), *first[:n_chosen], *second[:n_rejected]])
+            targets += [*chosen, *rejected[shared:]]
+            self.lengths += [shared, n_chosen, n_rejected]
+        self.tokens, self.positions = pad(tokens, 0, device), pad(positions, 0, device)
+        self.tails, width = pad(tails, 3, device), max(map(len, tokens))
+        self.plain = not any(1 in row and 2 in row for row in tails)
+        flat = [i * width + place for i, row in enumerate(places) for place in row]
+        self.places = torch.tensor(flat, dtype=torch.int64, device=device)  # (M,)
         self.targets = torch.tensor(targets, dtype=torch.int64, device=device)  # (M,)
-        self.tokens, self.positions, self.tails = (
-            x.to(device) for x in (self.tokens, self.positions, self.tails)
-        )
         self.biases = {}
 
-    def visible(self) -> Tensor | None:
-        """(B, T, T) bool; None where no row has two tails, for then it is plain causal."""
-        if not self.forked:
-            return None
-        tail, place = self.tails, torch.arange(self.tails.shape[1], device=self.tails.device)
-        same = (tail[:, None, :] == 0) | (tail[:, None, :] == tail[:, :, None])
-        return same & (place[None, :] <= place[:, None])
+    def visible(self) -> Tensor:
+        """(B, T, T) bool: of what is before it, a token sees the prefix and its own tail."""
+        same = (self.tails[:, None, :] == 0) | (self.tails[:, None, :] == self.tails[:, :, None])
+        return super().visible() & same
 
     def read(self, x_BTD: Tensor, head_VD: Tensor) -> Tensor:
         """The log-probs of the response tokens, (M,) float32."""
         return token_logprobs(x_BTD.flatten(0, 1)[self.places], head_VD, self.targets)
 
 
-@dataclass
-class Row:
-    """One pair as a tree: `tokens` = prefix, chosen tail, rejected tail; the rest are lengths."""
-
-    tokens: list[int]
-    prefix: int
-    shared: int  # response tokens within the prefix
-    chosen: int
-    rejected: int
-
-    @property
-    def places(self) -> list[int]:
-        """Where each scored token is predicted: one place before it, along its own branch."""
-        last, fork = self.prefix - 1, self.prefix + self.chosen
-        chosen = [last, *range(self.prefix, fork)][: self.chosen]
-        rejected = [last, *range(fork, fork + self.rejected)][: self.rejected]
-        return [*range(last - self.shared, last), *chosen, *rejected]
-
-    @property
-    def targets(self) -> list[int]:
-        """The scored tokens, in the order of `places`."""
-        return self.tokens[self.prefix - self.shared :]
-
-
-def branch(pair: Any) -> Row:
-    """Finds a pair's common prefix. `pair` is (prompt, chosen, rejected), lists of token ids."""
-    prompt, chosen, rejected = pair
-    if not prompt:
-        raise ValueError("a pair needs a prompt: its response's first token has no context")
-    both = zip(chosen, rejected, strict=False)
-    alike = min(len(chosen), len(rejected))
-    shared = next((i for i, (a, b) in enumerate(both) if a != b), alike)
-    tokens = [*prompt, *chosen, *rejected[shared:]]
-    prefix = len(prompt) + shared
-    return Row(tokens, prefix, shared, len(chosen) - shared, len(rejected) - shared)
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    both = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in both if a != b), min(len(left), len(right)))
 
 
 # ------------------------------------------------------------------------------ log-probabilities
 
 
-def pair_logprobs(model: nn.Module, pairs: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pair_logprobs(model: Transformer, pairs: Sequence[Any]) -> tuple[Tensor, ...]:
     """Summed response log-probs of N (prompt, chosen, rejected), as of separate sequences.
 
     Returns:
         chosen, rejected: (N,) float32 sums over response tokens (EOS included), differentiable.
         n_chosen, n_rejected: (N,) float32 response lengths in tokens.
-    An empty rejected side (SFT) gives 0 and 0.
+    An empty side (as the rejected one in SFT) gives 0 and 0.
     """
     parts = pair_token_logprobs(model, pairs)
-    shared, chosen, rejected = (torch.stack([p.sum() for p in parts[i::3]]) for i in range(3))
-    has = torch.tensor([bool(pair[2]) for pair in pairs], device=shared.device)
-    counts = (torch.tensor([float(len(p[i])) for p in pairs], device=has.device) for i in (1, 2))
-    return shared + chosen, torch.where(has, shared, 0) + rejected, *counts
+    shared, chosen, rejected = torch.stack([part.sum() for part in parts]).view(-1, 3).unbind(1)
+    counts = torch.tensor([float(len(part)) for part in parts], device=shared.device).view(-1, 3)
+    n_chosen, n_rejected = counts[:, 0] + counts[:, 1], counts[:, 0] + counts[:, 2]
+    return shared + chosen, shared + rejected, n_chosen, n_rejected
 
 
-def pair_token_logprobs(model: nn.Module, pairs: Sequence[Any]) -> list[Tensor]:
+def pair_token_logprobs(model: Transformer, pairs: Sequence[Any]) -> list[Tensor]:
     """The same token by token: 3N tensors, for each pair its shared, chosen and rejected tails."""
-    layout = Branches(pairs, model.device)  # type: ignore[arg-type]
+    layout = Branches(pairs, model.device)
     return list(model(layout.tokens, layout).split(layout.lengths))
 
 
@@ -625,16 +613,10 @@ def token_logprobs(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, chunk: int 
 
     At most `chunk` rows of logits exist at a time; the backward pass computes them again.
     """
-    parts = []
-    for x, target in zip(x_MD.split(chunk), targets_M.split(chunk), strict=True):
-        if torch.is_grad_enabled():
-            args = (x, head_VD, target)
-            parts.append(
-                checkpoint(_logprobs, *args, use_reentrant=False, preserve_rng_state=False)
-            )
-        else:
-            parts.append(_logprobs(x, head_VD, target))
-    return torch.cat(parts)
+    again = partial(checkpoint, _logprobs, use_reentrant=False, preserve_rng_state=False)
+    compute = again if torch.is_grad_enabled() else _logprobs
+    chunks = zip(x_MD.split(chunk), targets_M.split(chunk), strict=True)
+    return torch.cat([compute(x, head_VD, targets) for x, targets in chunks])
 
 
 def _logprobs(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:
@@ -646,7 +628,7 @@ def _logprobs(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:
 
 
 def generate(
-    model: nn.Module,
+    model: Transformer,
     prompts: list[list[int]],
     max_new_tokens: int | Sequence[int],
     *,
@@ -675,71 +657,69 @@ def generate(
     seeds = [hash_seed(seed, i) for i in range(count)] if isinstance(seed, int) else [*seed]
     if not len(budgets) == len(seeds) == count or min(budgets, default=0) < 0:
         raise ValueError("generate needs one budget >= 0 and one seed for each prompt")
-    if any(not prompt for prompt in prompts):
-        raise ValueError("generate needs a token in each prompt")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not all(prompts) or batch_size < 1:
+        raise ValueError("generate needs a token in each prompt, and batch_size >= 1")
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError("generate needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
-    sampling = (temperature, top_k, top_p, frozenset(eos_ids), return_logprobs)
+    pick = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     order = sorted((i for i in range(count) if budgets[i]), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = ([column[i] for i in rows] for column in (prompts, budgets, seeds))
-        for i, new, scores in zip(rows, *_decode(model, *batch, *sampling), strict=True):
-            tokens[i], logprobs[i] = new, scores
+        asked = [(prompts[i], budgets[i], seeds[i]) for i in rows]
+        answers = _decode(model, asked, pick, frozenset(eos_ids), return_logprobs)
+        for i, answer in zip(rows, answers, strict=True):
+            tokens[i], logprobs[i] = answer
     return (tokens, logprobs) if return_logprobs else tokens
 
 
 @torch.no_grad()
 def _decode(
-    model: Any,
-    prompts: list[list[int]],
-    budgets: list[int],
-    seeds: list[int],
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    model: Transformer,
+    asked: list[tuple[list[int], int, int]],
+    pick: Callable[..., Tensor],
     eos_ids: frozenset[int],
     scored: bool,
-) -> tuple[list[list[int]], list[list[float]]]:
-    """One batch of `generate`: the prompts in one pass, then a token a row and step."""
-    uniforms = torch.zeros(len(prompts), max(budgets), dtype=torch.float64)
-    for row, (budget, seed) in enumerate(zip(budgets, seeds, strict=True)):
-        generator = torch.Generator().manual_seed(seed)
-        uniforms[row, :budget] = torch.rand(budget, generator=generator, dtype=torch.float64)
-    uniforms = uniforms.to(model.device)
-
+) -> list[tuple[list[int], list[float]]]:
+    """One batch of `generate`, rows of (prompt, budget, seed): all prompts in one pass, then a
+    token a row and step. Gives each row's tokens and their log-probs."""
+    prompts, budgets = [row[0] for row in asked], [row[1] for row in asked]
+    uniforms_BS = torch.zeros(len(asked), max(budgets), dtype=torch.float64)
+    for uniforms, (_, budget, seed) in zip(uniforms_BS, asked, strict=True):
+        uniforms[:budget].uniform_(generator=torch.Generator().manual_seed(seed))
+    uniforms_BS = uniforms_BS.to(model.device)
+    tokens: list[list[int]] = [[] for _ in asked]
+    scores: list[list[float]] = [[] for _ in asked]
     lengths = [len(prompt) for prompt in prompts]
-    width = max(lengths)
-    padded = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
     cache = Cache(model, lengths, max(map(sum, zip(lengths, budgets, strict=True))))
-    logits = model(padded.to(model.device), cache)
-
-    tokens: list[list[int]] = [[] for _ in prompts]
-    scores: list[list[float]] = [[] for _ in prompts]
-    rows, open_rows = list(range(len(prompts))), set(range(len(prompts)))
+    logits_BV = model(pad(prompts, 0, model.device), cache)
+    rows = list(range(len(asked)))  # the prompt that each place of the batch belongs to
     for step in range(max(budgets)):
-        picked = sample_tokens(logits, uniforms[:, step], temperature, top_k, top_p)
-        logps = (
-            logits.float().log_softmax(-1).gather(1, picked[:, None])[:, 0] if scored else picked
-        )
-        for row, token, logp in zip(rows, picked.tolist(), logps.tolist(), strict=True):
-            if row in open_rows:
-                tokens[row].append(token)
-                scores[row].append(logp)
-                if token in eos_ids or len(tokens[row]) == budgets[row]:
-                    open_rows.remove(row)
-        if not open_rows:
-            break
-        if len(open_rows) <= 0.75 * len(rows):  # dropping copies the cache, so not at every stop
-            keep = [i for i, row in enumerate(rows) if row in open_rows]
-            rows = [rows[i] for i in keep]
-            kept = torch.tensor(keep, device=picked.device)
-            picked, uniforms = picked[kept], uniforms[kept]
+        picked_B = pick(logits_BV, uniforms_BS[:, step])
+        for row, token in zip(rows, picked_B.tolist(), strict=True):
+            tokens[row].append(token)
+        if scored:
+            logprobs = logits_BV.float().log_softmax(-1).gather(1, picked_B[:, None])
+            for row, logprob in zip(rows, logprobs[:, 0].tolist(), strict=True):
+                scores[row].append(logprob)
+        going = [tokens[i][-1] not in eos_ids and len(tokens[i]) < budgets[i] for i in rows]
+        if not all(going):
+            kept = close_ranks(going)
+            rows = [rows[place] for place in kept]
+            picked_B, uniforms_BS = picked_B[kept], uniforms_BS[kept]
             cache.keep(kept)
-        logits = model(picked[:, None], cache.step())
-    return tokens, scores
+        if not rows:
+            break
+        logits_BV = model(picked_B[:, None], cache.step())
+    return list(zip(tokens, scores, strict=True))
+
+
+def close_ranks(going: list[bool]) -> list[int]:
+    """The places of the rows that go on, the last of them moved into the gaps: few move."""
+    count = sum(going)
+    movers = [place for place in range(count, len(going)) if going[place]]
+    return [place if going[place] else movers.pop() for place in range(count)]
 
 
 def sample_tokens(
@@ -753,16 +733,14 @@ def sample_tokens(
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits, size = logits_BV.float() / temperature, logits_BV.shape[1]
-    ids = None
-    if 0 < top_k < size:
+    logits, ids = logits_BV.float() / temperature, None
+    if 0 < top_k < logits.shape[1]:
         least = logits.topk(top_k).values[:, -1:]
-        most = int((logits >= least).sum(-1).max())
-        logits, ids = logits.topk(most)
+        logits, ids = logits.topk(int((logits >= least).sum(-1).max()))
         logits = logits.masked_fill(logits < least, -math.inf)
+    elif top_p < 1:
+        logits, ids = logits.sort(descending=True, stable=True)
     if top_p < 1:
-        if ids is None:
-            logits, ids = logits.sort(descending=True, stable=True)
         probs = logits.softmax(-1)
         logits = logits.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)
     if ids is not None:
@@ -784,8 +762,20 @@ def load_weights(
 ) -> None:
     """Fills parameters by name from a folder's safetensors, through `place(parameter, value)`.
 
-    Raises InputError for tensors that are missing, unexpected, misshapen or not floating-point.
-    A tied head saved a second time is accepted where it equals the embedding, and so are the
+    Raises InputError, before any is filled, as `find_weights` says.
+    """
+    files = find_weights(parameters, path)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            place(parameter, _read(files[name], name))
+
+
+def find_weights(parameters: Mapping[str, Tensor], path: str | Path) -> dict[str, Path]:
+    """The file of each tensor in a folder, once all headers agree with the parameters, which may
+    be on the meta device.
+
+    Raises InputError for tensors that are missing, unexpected, misshapen or of another type. A
+    tied head saved a second time is accepted where it equals the embedding, and so are the
     `rotary_emb.inv_freq` buffers of old files.
     """
     files = weight_files(Path(path))
@@ -795,15 +785,18 @@ def load_weights(
         if names:
             some = ", ".join(sorted(names)[:3])
             raise InputError(f"{path}: {len(names)} weights {what}, such as {some}")
+    for file in sorted(set(files.values())):
+        with open_safetensors(file) as opened:
+            for name in parameters.keys() & opened.keys():
+                saved, want = opened.get_slice(name), [*parameters[name].shape]
+                got, dtype = saved.get_shape(), saved.get_dtype()
+                if got != want or dtype not in ("F32", "F16", "BF16"):
+                    raise InputError(
+                        f"{file}: {name} is {dtype} {got}, not F32, F16 or BF16 {want}"
+                    )
     if head in extra and not torch.equal(*(_read(files[n], n) for n in (head, embedding))):
         raise InputError(f"{path}: tie_word_embeddings is true, but {head} is not {embedding}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            value = _read(files[name], name)
-            if value.shape != parameter.shape or not value.is_floating_point():
-                got, want = ([*x.shape] for x in (value, parameter))
-                raise InputError(f"{path}: {name} is {value.dtype} {got}, not floating {want}")
-            place(parameter, value)
+    return files
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -826,6 +819,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
         raise InputError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
     for shard in sorted(shards):
         with open_safetensors(folder / shard) as file:
+            if twice := names.keys() & file.keys():
+                raise InputError(f"{folder}: {min(twice)} is in {shard} and in another file")
             names |= dict.fromkeys(file.keys(), folder / shard)
     return names
 
@@ -834,7 +829,7 @@ def open_safetensors(path: Path) -> Any:
     """A reader of one file's tensors. Raises InputError where it is missing or garbled."""
     try:
         return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} is not a whole safetensors file: {error}") from None
 
 
@@ -862,6 +857,7 @@ def write_weights(
     `sizes` says each tensor's bytes, so that no more than a shard is fetched at a time. All ranks
     of a sharded model call this, since `fetch` may be collective; `write` is true on one of them.
     """
+    single, index = Path(path) / "model.safetensors", Path(path) / "model.safetensors.index.json"
     shards: list[list[str]] = [[]]
     room = shard_bytes
     for name, size in sizes.items():
@@ -870,15 +866,16 @@ def write_weights(
             room = shard_bytes
         shards[-1].append(name)
         room -= size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        file = "model.safetensors" if len(shards) == 1 else file
+        sharded = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        file = single.name if len(shards) == 1 else sharded
         tensors = {name: fetch(name) for name in names}
         if write:
             save_file(tensors, Path(path) / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
+    if write:  # of an earlier checkpoint in this folder, no file may be left that a loader prefers
+        (index if len(shards) == 1 else single).unlink(missing_ok=True)
     if write and len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        (Path(path) / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

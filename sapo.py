@@ -339,8 +339,8 @@ def ema_update(ema: nn.Module, policy: nn.Module, decay: float) -> None:
 @torch.no_grad()
 def copy_weights(into: nn.Module, source: nn.Module) -> None:
     """into <- source, matched by name."""
-    ours, theirs = _paired(into, source)
-    torch._foreach_copy_(ours, theirs)
+    for ours, theirs in zip(*_paired(into, source), strict=True):  # DTensor has no _foreach_copy_
+        ours.copy_(theirs)
 
 
 def _paired(one: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -405,9 +405,9 @@ def pair_loss(
         means = (chosen / n_chosen, rejected / n_rejected)
         rewards = [orpo_lambda * mean.detach() for mean in means]
         return orpo_loss(*means, orpo_lambda), rewards[0], rewards[1]
-    args = (chosen, rejected, *reference[:2])
-    losses, *rewards = dpo_loss(*args, beta, label_smoothing)
-    gap = (chosen - rejected) - (reference[0] - reference[1])
+    base, other = reference[:2]
+    losses, *rewards = dpo_loss(chosen, rejected, base, other, beta, label_smoothing)
+    gap = (chosen - rejected) - (base - other)
     if kind == "ipo":  # arXiv 2310.12036, eq. 17: the gap aims at 1 / (2 beta)
         losses = (gap - 1 / (2 * beta)) ** 2
     if kind == "hinge":  # SLiC, arXiv 2305.10425, against a reference

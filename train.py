@@ -26,6 +26,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -155,7 +156,7 @@ class Config:
     "type of the weights in OUT/final"
     save_every: int = 0
     "steps between checkpoints; 0: none"
-    log_every: int = 1  # [ours]
+    log_every: int = 10  # [ours]
     "steps between rows of metrics.jsonl"
     eval_every: int = 0
     "steps between evaluations; 0: at the end only"
@@ -182,13 +183,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sapo-orpo-llama3-8b": {"method": "sapo", **ORPO},
     "sapo-orpo-mistral-7b": {"method": "sapo", **ORPO},
 }
-START: dict[str, Any] = {  # how the built-in start is trained: TOY's setting, one SFT run like any other
+START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
     "method": "sft", "loss": None, "steps": 2400, "batch_size": 48, "micro_batch_size": 48,
     "lr": 4e-3, "optimizer": "adamw", "adam_beta2": 0.98, "warmup": 80.0, "schedule": "linear",
     "weight_decay": 0.0, "max_grad_norm": 1.0, "log_every": 50,
     "save_every": 0, "eval_every": 0, "show_every": 0, "save_dtype": "fp32", "max_length": 128,
     "max_prompt_length": None, "precision": "fp32",
 }  # fmt: skip
+REWRITE_SHARE = 0.25  # of the start's rows: a draft to be answered with another draft
 START_MODEL = {  # RoPE base 100: the same training with 10,000 learns a third as much
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
     "intermediate_size": 168, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -203,20 +205,11 @@ RANGES = {  # the smallest and the largest value of each number
     **dict.fromkeys(("ema_every", "ref_update_every", "sample_every", "log_every"), (1, 1e9)),
     **dict.fromkeys(("save_every", "eval_every", "show_every", "top_k", "warmup"), (0, 1e9)),
     **dict.fromkeys(("nll_weight", "orpo_lambda", "temperature", "max_grad_norm"), (0, 1e6)),
-    "epochs": (1e-9, 1e6),
-    "lr": (1e-30, 1e3),
-    "beta": (1e-9, 1e6),
-    "weight_decay": (0, 1),
-    "ema_decay": (0, 1),
-    "top_p": (1e-9, 1),
-    "adam_beta2": (0, 1 - 1e-9),
-    "label_smoothing": (0, 0.5),
-    "max_length": (2, 1e7),
-    "max_prompt_length": (2, 1e7),
-    "seed": (0, 2**62),
-    "replay_capacity": (0, 1e9),
-    "responses_per_prompt": (1, 1e4),
-}
+    "epochs": (1e-9, 1e6), "lr": (1e-30, 1e3), "beta": (1e-9, 1e6), "weight_decay": (0, 1),
+    "ema_decay": (0, 1), "top_p": (1e-9, 1), "adam_beta2": (0, 1 - 1e-9), "seed": (0, 2**62),
+    "label_smoothing": (0, 0.5), "max_length": (2, 1e7), "max_prompt_length": (2, 1e7),
+    "replay_capacity": (0, 1e9), "responses_per_prompt": (1, 1e4),
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -431,11 +424,11 @@ class Trainer:
 
     def __init__(self, config: Config, job: Job, ranks: Ranks) -> None:
         self.config, self.job, self.ranks = config, job, ranks
-        epoch = math.ceil(len(job.rows) / config.batch_size)
-        self.steps = config.steps or math.ceil(
-            config.epochs * len(job.rows) / config.batch_size - 1e-9
-        )
+        epoch = len(job.rows) / config.batch_size  # in steps
+        self.steps = config.steps or max(1, math.ceil(config.epochs * epoch - 1e-9))
         self.seconds: dict[str, float] = {}
+        self.bad_steps = 0  # in a row
+        self.nll_weight = 1.0 if config.loss in (None, "orpo") else config.nll_weight
         self.policy = ranks.build(job.start, config, learns=True)
         self.optimizer = self.make_optimizer()  # at once: after a forward it may hold stale objects
         self.models = {"policy": self.policy}
@@ -443,9 +436,7 @@ class Trainer:
             self.models["ema"] = ranks.build(job.start, config, learns=False)
         if config.method != "sft" and config.loss != "orpo":
             self.models["reference"] = ranks.build(job.start, config, learns=False)
-        self.source = self.make_source(config.ref_update_every or epoch)
-        self.nll_weight = 1.0 if config.loss in (None, "orpo") else config.nll_weight
-        self.bad_steps = 0
+        self.source = self.make_source(config.ref_update_every or math.ceil(epoch))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """RMSprop or AdamW, one multi-tensor pass a step."""
@@ -463,16 +454,9 @@ class Trainer:
             if c.method == "sft":
                 rows = [Pair(row.prompt, row.chosen, []) for row in rows]
             return Static(rows, batch_size=c.batch_size, seed=c.seed)
-        same: tuple[str, ...] = (
-            "batch_size",
-            "seed",
-            "max_length",
-            "segment_rule",
-            "ema_decay",
-            "ema_every",
-        )
-        same += ("ref_update", "responses_per_prompt", "sample_every", "drop_identical")
-        settings: dict[str, Any] = {name: getattr(c, name) for name in same}
+        names = "batch_size seed max_length segment_rule ema_decay ema_every ref_update"
+        names += " responses_per_prompt sample_every drop_identical"
+        settings: dict[str, Any] = {name: getattr(c, name) for name in names.split()}
         settings["segment_length"] = int(c.segment_length.replace("full", str(c.max_length)))
         settings |= {"ref_update_every": ref_update_every, "eos_ids": self.job.tokenizer.eos_ids}
         buffer = ReplayBuffer(c.replay_capacity, c.seed) if c.replay_capacity else None
@@ -488,7 +472,7 @@ class Trainer:
             t += 1
             if t == self.steps or (self.config.eval_every and t % self.config.eval_every == 0):
                 row |= self.evaluate()
-            if t % self.config.log_every == 0 or t == self.steps or "eval/nll" in row:
+            if t % self.config.log_every == 0 or t == self.steps or "seconds/eval" in row:
                 self.log(t, row, (time.perf_counter() - began) / (t - first))
             if self.config.save_every and t % self.config.save_every == 0:
                 self.save(t)
@@ -603,20 +587,19 @@ class Trainer:
         self, model: Transformer, prompts: list[list[int]], budgets: list[int], seeds: list[int]
     ) -> list[list[int]]:
         """`generate` with the rows spread over the ranks; every rank gets all of the answer."""
-        c, mine = self.config, range(self.ranks.rank, len(prompts), self.ranks.world)
+        c, count = self.config, len(prompts)
+        mine = range(self.ranks.rank, count, self.ranks.world)
+        sampling: dict[str, Any] = {
+            "temperature": c.temperature,
+            "top_k": c.top_k,
+            "top_p": c.top_p,
+        }
+        sampling |= {"eos_ids": self.job.tokenizer.eos_ids, "batch_size": c.generate_batch_size}
+        prompts, budgets = [prompts[i] for i in mine], [budgets[i] for i in mine]
+        sampling["seed"] = [seeds[i] for i in mine]
         with self.phase("generate"), self.ranks.decoder(model) as ready:
-            new = lm.generate(
-                ready,
-                [prompts[i] for i in mine],
-                [budgets[i] for i in mine],
-                temperature=c.temperature,
-                top_k=c.top_k,
-                top_p=c.top_p,
-                eos_ids=self.job.tokenizer.eos_ids,
-                seed=[seeds[i] for i in mine],
-                batch_size=c.generate_batch_size,
-            )
-            return self.ranks.share_rows(dict(zip(mine, new, strict=True)), len(prompts))
+            new = lm.generate(ready, prompts, budgets, **sampling)
+            return self.ranks.share_rows(dict(zip(mine, new, strict=True)), count)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out rows scored as training pairs are, and what the job's own test measures."""
@@ -628,7 +611,7 @@ class Trainer:
             if self.job.test is not None:
                 with self.ranks.decoder(self.policy) as ready:
                     row |= self.job.test(ready)
-        return row
+        return row | {"seconds/eval": self.seconds["eval"]}
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -647,14 +630,11 @@ class Trainer:
         with self.job.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(whole) + "\n")
         names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
-        names |= {"segment/identical": "same", "grad_norm": "norm", "eval/nll": "eval nll"}
+        names |= {"segment/identical": "same", "grad_norm": "norm", "lr": "lr"}
         shown = " ".join(f"{names[k]} {row[k]:.4g}" for k in names if k in row)
         left = round(pace * (self.steps - step))
         clock = f"{1 / pace:.2f} steps/s {left // 60}:{left % 60:02} left"
-        print(
-            f"{self.config.method} {step}/{self.steps} {shown} lr {row['lr']:.2g} {clock}",
-            flush=True,
-        )
+        print(f"{self.config.method} {step}/{self.steps} {shown} {clock}", flush=True)
 
     # What a run leaves behind. All ranks call these: the weights are gathered by all of them.
 
@@ -670,41 +650,36 @@ class Trainer:
         lm.write_weights(folder, sizes, fetch, self.ranks.first)
 
     def save_final(self) -> None:
-        """OUT/final, which appears whole or not at all."""
+        """OUT/final: the policy, in the type that --save-dtype says."""
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.save_dtype]
-        self.whole_folder(
-            self.job.final, lambda folder: self.save_model(self.policy, folder, dtype)
-        )
-
-    def whole_folder(self, folder: Path, write: Callable[[Path], None]) -> None:
-        """Writes a folder beside its place, then renames it."""
-        partial = folder.with_name(f".{folder.name}")
-        if self.ranks.first and partial.exists():
-            shutil.rmtree(partial)
-        self.ranks.barrier()
-        write(partial)
-        self.ranks.barrier()
-        if self.ranks.first:
-            partial.rename(folder)
-        self.ranks.barrier()
+        self.whole(self.job.final, lambda folder: self.save_model(self.policy, folder, dtype))
 
     def save(self, step: int) -> None:
         """checkpoints/step-N: models, optimizer and source after N updates."""
         if self.job.checkpoints is not None:
-            folder = self.job.checkpoints / f"step-{step}"
-            if folder.exists() and self.ranks.first:
-                shutil.rmtree(folder)
-            self.whole_folder(folder, self.write_checkpoint)
+            self.whole(self.job.checkpoints / f"step-{step}", self.write_checkpoint)
+
+    def whole(self, folder: Path, write: Callable[[Path], None]) -> None:
+        """Writes a folder that appears whole or not at all: beside its place, then renamed."""
+        partial = folder.with_name(f".{folder.name}")
+        if self.ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.ranks.barrier()
+        write(partial)
+        self.ranks.barrier()
+        if self.ranks.first:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        self.ranks.barrier()
 
     def write_checkpoint(self, folder: Path) -> None:
         """Models as Hugging Face folders, the rest as safetensors."""
         for name, model in self.models.items():
             self.save_model(model, folder / name, torch.float32)
-        names = [name for name, _ in self.policy.named_parameters()]
         state = {
             f"{name}.{key}": value
-            for name, p in zip(names, self.policy.parameters(), strict=True)
-            for key, value in self.optimizer.state[p].items()
+            for name, parameter in self.policy.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
         }
         sizes = {name: value.numel() * value.element_size() for name, value in state.items()}
         if self.ranks.first:
@@ -738,14 +713,12 @@ class Trainer:
         files = lm.weight_files(folder)
         for name, parameter in self.policy.named_parameters():
             state = self.optimizer.state[parameter]
-            for key in (k for k in files if k.rpartition(".")[0] == name):
-                with lm.open_safetensors(files[key]) as file:
-                    value = file.get_tensor(key)
-                if value.shape == parameter.shape:
-                    state[key.rpartition(".")[2]] = torch.zeros_like(parameter).detach()
-                    self.ranks.place(state[key.rpartition(".")[2]], value)
-                else:  # the count of steps
-                    state[key.rpartition(".")[2]] = value
+            for key in ("step", "square_avg", "exp_avg", "exp_avg_sq"):
+                if f"{name}.{key}" in files:
+                    with lm.open_safetensors(files[f"{name}.{key}"]) as file:
+                        value = file.get_tensor(f"{name}.{key}")
+                    state[key] = value if key == "step" else torch.zeros_like(parameter).detach()
+                    self.ranks.place(state[key], value)
 
 
 # ---------------------------------------------------------------------------------- the whole run
@@ -808,34 +781,35 @@ def load_tokenizer(config: Config) -> data.Tokenizer:
     """The start's tokenizer, or the built-in one."""
     if config.model is not None:
         return data.load_tokenizer(config.model, config.chat_template)
-    return data.task_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        data.write_task_tokenizer(folder)
+        return data.load_tokenizer(folder)
 
 
 def read_rows(
     config: Config, tokenizer: data.Tokenizer, ranks: Ranks
 ) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out rows as token ids; prints once what was dropped and cut."""
+    """Training and held-out rows as token ids; prints once what was dropped and cut.
+
+    Only methods that learn from the data's own pairs need a rejected side; held-out rows keep
+    theirs where they have one.
+    """
     paired = config.method in ("dpo", "orpo")
-    sets: list[list[Pair]] = []
-    for paths, split, needed in (
-        (config.data, "clean", paired),
-        (config.eval_data, "validation", False),
-    ):
-        if paths is None and (split == "validation" or config.data is not None):
-            sets.append([])
-            continue
-        examples = (
-            data.load_examples(paths, needed)
-            if paths
-            else data.task_examples(split, 128, config.seed)
-        )
-        rows, counts = data.encode_examples(
-            examples, tokenizer, config.max_length, config.max_prompt_length or 0
-        )
-        sets.append(rows)
+
+    def read(paths: list[str], rejected: bool | None) -> list[Pair]:
+        examples = data.load_examples(paths, rejected)
+        limits = (config.max_length, config.max_prompt_length or 0)
+        rows, counts = data.encode_examples(examples, tokenizer, *limits)
         if ranks.first:
-            print(", ".join(f"{value} {key}" for key, value in counts.items()), flush=True)
-    return sets[0], sets[1]
+            print(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
+        return rows
+
+    held_out = read(config.eval_data, paired or None) if config.eval_data else []
+    if config.data is not None:
+        return read(config.data, paired), held_out
+    examples = data.task_examples("clean", 128, config.seed)
+    rows, _ = data.encode_examples(examples, tokenizer, config.max_length, config.max_length)
+    return rows, held_out
 
 
 def claim(out: Path, config: Config, ranks: Ranks) -> None:
@@ -881,7 +855,7 @@ def pretrain(config: Config, start: Path, tokenizer: data.Tokenizer, ranks: Rank
         start.with_suffix(".jsonl").unlink(missing_ok=True)
     ranks.barrier()
     count = (settings.steps or 0) * settings.batch_size
-    examples = data.task_examples("pretrain", count, config.seed)
+    examples = data.task_examples("pretrain", count, config.seed, REWRITE_SHARE)
     rows, _ = data.encode_examples(examples, tokenizer, settings.max_length, settings.max_length)
     job = Job(blank, rows, [], tokenizer, start.with_suffix(".jsonl"), start)
     Trainer(dataclasses.replace(settings, resume=False), job, ranks).train()
