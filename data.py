@@ -135,13 +135,14 @@ REJECTED_KEYS = ("rejected", "generated")
 
 
 def load_examples(
-    paths: str | Path | Sequence[str | Path], rejected: bool = False
+    paths: str | Path | Sequence[str | Path], rejected: bool | None = False
 ) -> list[Example]:
     """The rows of JSON or JSONL files, in order.
 
     Rows are `{"messages"}`, `{"prompt", "chosen", "rejected"}`, `{"prompt", "response"}` or
     `{"real", "generated"}`; each side is text or a list of messages, with or without the prompt
-    before it. `rejected`: every row must have a rejected side, which is else not even looked at.
+    before it. `rejected`: True, each row must have a rejected side; None, it may; False, it is not
+    even looked at.
     Raises InputError naming file and line.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
@@ -153,15 +154,34 @@ def load_examples(
     return examples
 
 
+def load_prompts(path: str | Path) -> list[list[dict[str, str]]]:
+    """Conversations to be answered, from rows `{"prompt"}` (text or messages) or `{"messages"}`.
+
+    A last turn of the assistant is left out. Raises InputError naming file and line.
+    """
+    conversations = []
+    for where, row in _rows(Path(path)):
+        key = next((k for k in ("prompt", "messages") if isinstance(row, dict) and k in row), None)
+        if key is None:
+            raise InputError(f"{where}: should be an object with 'prompt' or 'messages'")
+        turns = _turns(row[key], key, "user", where)
+        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        if not turns or turns[-1]["role"] != "user":
+            raise InputError(f"{where}: {key!r} has no user's turn at its end to answer")
+        conversations.append(turns)
+    if not conversations:
+        raise InputError(f"no rows in {path}: give at least one")
+    return conversations
+
+
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """("file:line", value) for each row of a JSON list or of JSON lines."""
-    if not path.is_file():
-        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'missing'}, not a data file")
-    data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} is no readable data file: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: not UTF-8 text; convert the file") from None
     if not text.strip():
         raise InputError(f"{path} is empty; it should hold JSON or JSONL rows")
@@ -169,51 +189,49 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _line_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # U+2028 may stand in a string: no lines()
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 is no line's end
         if line.strip():
             where = f"{path}:{number}"
-            yield where, _parse(line.strip(), 0, where)[0]
+            row, end = _parse(line.strip(), 0, where)
+            if end < len(line.strip()):
+                raise InputError(f"{where}: more than one JSON value; write one row a line")
+            yield where, row
 
 
 def _list_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """The elements of one JSON list, read one by one, so that each has its line."""
-    at, line, between = 0, 1, "["
-    while True:
-        start = re.compile(rf"\s*{re.escape(between)}\s*").match(text, at)
-        if start is None:
-            break
+    at, line, between = 0, 1, re.compile(r"\s*\[\s*(?!\s|\])")
+    while start := between.match(text, at):
         line += text.count("\n", at, start.end())
-        where = f"{path}:{line}"
-        row, end = _parse(text, start.end(), where)
-        yield where, row
+        row, end = _parse(text, start.end(), f"{path}:{line}")
+        yield f"{path}:{line}", row
         line += text.count("\n", start.end(), end)
-        at, between = end, ","
-    if text[at:].strip() != "]":
+        at, between = end, re.compile(r"\s*,\s*")
+    if re.sub(r"\s", "", text[at:]) not in ("]", "[]"):
         raise InputError(f"{path}:{line}: expected ',' or the ']' that ends the file")
 
 
 def _parse(text: str, at: int, where: str) -> tuple[Any, int]:
     """The JSON value that starts at `at`, and where it ends."""
     try:
-        value, end = json.JSONDecoder().raw_decode(text, at)
+        return json.JSONDecoder().raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({_line(error)})") from None
-    if at == 0 and end < len(text):
-        raise InputError(f"{where}: more than one JSON value; write one row a line")
-    return value, end
+        raise InputError(f"{where}: not JSON: {_line(error)}") from None
 
 
-def _example(row: Any, where: str, rejected: bool) -> Example:
+def _example(row: Any, where: str, rejected: bool | None) -> Example:
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a row should be a JSON object, not {_kind(row)}")
+        raise InputError(f"{where}: a row should be a JSON object, not {_short(row)}")
     key = next((k for k in RESPONSE_KEYS if k in row), None)
     if key is None:
         raise InputError(f"{where}: no {', '.join(map(repr, RESPONSE_KEYS))} in the row")
     prompt = _turns(row["prompt"], "prompt", "user", where) if row.get("prompt") else []
     messages, response = _side(row, key, prompt, where)
-    if not rejected:
-        return Example(tuple(messages), response, None, where)
     other = next((k for k in REJECTED_KEYS if k in row), None)
+    if rejected is False or (rejected is None and other is None):
+        return Example(tuple(messages), response, None, where)
     if other is None:
         raise InputError(f"{where}: this method compares, and the row has no 'rejected'")
     context, answer = _side(row, other, messages, where)
@@ -234,12 +252,16 @@ def _side(
         context = prompt + context
     if not any(turn["role"] == "user" for turn in context):
         raise InputError(f"{where}: no user's turn before the response in {key!r}; add 'prompt'")
-    n = len(prompt)
-    if prompt and context[:n] != prompt and context[-n:] != prompt:
-        if prompt[-len(context) :] != context:
-            raise InputError(f"{where}: {key!r} does not answer the row's prompt")
-        context = prompt  # which has a system turn that this side leaves out
-    return context, response
+    if _holds(context, prompt):
+        return context, response
+    if _holds(prompt, context):  # it has a system turn that this side leaves out
+        return prompt, response
+    raise InputError(f"{where}: {key!r} does not answer the row's prompt")
+
+
+def _holds(turns: list[dict[str, str]], part: list[dict[str, str]]) -> bool:
+    """Whether `part` is within `turns`, in one piece."""
+    return any(turns[i : i + len(part)] == part for i in range(len(turns) - len(part) + 1))
 
 
 def _turns(value: Any, key: str, role: str, where: str) -> list[dict[str, str]]:
@@ -247,7 +269,7 @@ def _turns(value: Any, key: str, role: str, where: str) -> list[dict[str, str]]:
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: {key!r} should be text or a list of turns, not {_kind(value)}")
+        raise InputError(f"{where}: {key!r} should be text or a list of turns, not {_short(value)}")
     return [_turn(turn, f"{where}: {key!r}, turn {i}") for i, turn in enumerate(value, 1)]
 
 
@@ -258,23 +280,15 @@ def _turn(turn: Any, where: str) -> dict[str, str]:
     if role not in ROLES:
         raise InputError(f"{where}: role {_short(role)} is not one of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise InputError(f"{where}: 'content' should be text, not {_kind(content)}")
+        raise InputError(f"{where}: 'content' should be text, not {_short(content)}")
     if role != "system" and not content.strip():
         raise InputError(f"{where}: the {role}'s text is empty; fill it, or leave out the row")
     return {"role": role, "content": content}
 
 
-def _kind(value: Any) -> str:
-    """How a person would call a JSON value."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    empty = "an empty " if value in ([], {}) else ""
-    name = names.get(type(value), "null" if value is None else f"a number ({_short(value)})")
-    return empty + name.split(" ")[-1] if empty else name
-
-
-def _short(value: Any) -> str:
+def _short(value: Any, size: int = 60) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= size else text[: size - 3] + "..."
 
 
 def _line(error: BaseException) -> str:
@@ -365,18 +379,22 @@ class Tokenizer:
         `continuing`: more text is before it, so that SentencePiece adds no space in front.
         Lone surrogates, which no UTF-8 has, become U+FFFD.
         """
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids: list[int] = []
-        first = not continuing
-        for raw in self._plain.split(text):
-            if isinstance(raw, int):
-                ids.append(raw)
-                first = False
-                continue
-            for part in self._other.split(self.codec.normalize(raw)):
-                ids += [part] if isinstance(part, int) else self.codec.encode(part, first)
-                first = False
+        spaced = not continuing
+        for part in self._split(text):
+            ids += [part] if isinstance(part, int) else self.codec.encode(part, spaced)
+            spaced = self.codec.legacy
         return ids
+
+    def _split(self, text: str) -> Iterator[str | int]:
+        """Ids of added tokens, and the normalized text between them."""
+        for part in self._plain.split(text):
+            if isinstance(part, int):
+                yield part
+            else:
+                yield from self._other.split(self.codec.normalize(part))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens included. Bytes that are no UTF-8 become U+FFFD.
@@ -475,7 +493,9 @@ class Search:
         start = 0
         for match in self.pattern.finditer(text):
             token, (left, right) = self.tokens[match[0]], match.span()
-            if token.single_word and re.search(r"\w", text[left - 1 : left] + text[right:][:1]):
+            if token.single_word and re.search(
+                r"\w", text[left - 1 : left] + text[right : right + 1]
+            ):
                 continue
             gap = text[start:left]
             gap = gap.rstrip(SPACES) if token.lstrip else gap
@@ -547,6 +567,8 @@ class Codec:
     the file itself says of special tokens, as in tokenizer_config.json and tokenizer.json.
     """
 
+    legacy = False  # whether each text between added tokens is spaced, and not the first alone
+
     def __init__(self, vocab: dict[str, int], table: dict[int, bytes]) -> None:
         self.vocab, self.table = vocab, table
         self.specials: dict[str, str] = {}
@@ -560,8 +582,8 @@ class Codec:
         """What an added token decodes to."""
         return token.encode()
 
-    def encode(self, text: str, first: bool) -> list[int]:
-        """Token ids. `first`: nothing is before the text."""
+    def encode(self, text: str, spaced: bool) -> list[int]:
+        """Token ids. `spaced`: SentencePiece puts a space in front of the text."""
         raise NotImplementedError
 
     def decode(self, ids: list[int], table: dict[int, bytes]) -> str:
@@ -592,7 +614,7 @@ class BytePairs(Codec):
         known = all(char in ALPHABET for char in token)
         return bytes(ALPHABET[char] for char in token) if known else token.encode()
 
-    def encode(self, text: str, first: bool) -> list[int]:
+    def encode(self, text: str, spaced: bool) -> list[int]:
         ranks = [rank for part in _short_spaces(text) for rank in self.bpe.encode_ordinary(part)]
         return [i for i in map(self.ids.__getitem__, ranks) if i is not None]
 
@@ -632,8 +654,8 @@ class SentencePieces(Codec):
         found = [i for i in ids if sp.is_control(i) or sp.is_unknown(i)]
         self.added = [{"content": pieces[i], "id": i} for i in found]
 
-    def encode(self, text: str, first: bool) -> list[int]:
-        return list((self.spaced if first or self.legacy else self.bare).encode(text))
+    def encode(self, text: str, spaced: bool) -> list[int]:
+        return list((self.spaced if spaced else self.bare).encode(text))
 
     def decode(self, ids: list[int], table: dict[int, bytes]) -> str:
         text = ""
@@ -699,8 +721,8 @@ def _byte_level(path: Path) -> BytePairs:
 
 def _unknown(path: Path, key: str, value: Any) -> InputError:
     return InputError(
-        f"{path}: {key} {_short(value)} is not implemented; this reads byte-level BPE as Llama 3, "
-        "Qwen2.5 and SmolLM2 have it (for SentencePiece, add the checkpoint's tokenizer.model)"
+        f"{path}: {key} {_short(value, 200)} is not implemented; this reads byte-level BPE as in "
+        "Llama 3, Qwen2.5, SmolLM2 (for SentencePiece, add the checkpoint's tokenizer.model)"
     )
 
 
@@ -742,7 +764,7 @@ def _token_order(
         if len(token) > 1 and (token in made or whole) and all(c in ALPHABET for c in token):
             parts, rank = _merge(list(token), ranks)
             if len(parts) == 2 and whole:
-                raise InputError(f"{path}: no merge makes {_short(token)}; with ignore_merges ...")
+                raise InputError(f"{path}: no merge makes the token {_short(token)}; list it")
             (reached if len(parts) == 1 else rest).append((rank, token))
     singles = [char for char in ALPHABET if char in vocab]
     return singles + [token for _, token in sorted(reached)] + [t for _, t in rest if whole]
@@ -846,15 +868,15 @@ JINJA = _environment()
 SEEN = ("reverse", "add", "sort", "second")  # kinds that the clean set has
 UNSEEN = ("double", "rotate", "count", "swap")  # kinds that only pre-training has
 REWRITE_PROMPT = "{prompt} | {draft}"  # asks for another answer than the draft
-_STEPS: dict[str, Callable[[str], list[str]]] = {  # a word's answer, in the steps of its working
-    "reverse": lambda word: list(word[::-1]),
-    "sort": lambda word: sorted(word),
-    "second": lambda word: list(word[1::2]),
-    "double": lambda word: [2 * letter for letter in word],
-    "rotate": lambda word: list(word[1:] + word[:1]),
-    "swap": lambda word: [word[i : i + 2][::-1] for i in range(0, len(word), 2)],
+LETTERS = "abcdefghij"  # of the words, which have 3 to 5: enough for 100,000 prompts of a kind
+_RESULTS: dict[str, Callable[[str], str]] = {  # what a word becomes; the working spells it out
+    "reverse": lambda word: word[::-1],
+    "sort": lambda word: "".join(sorted(word)),
+    "second": lambda word: word[1::2],
+    "double": lambda word: "".join(2 * letter for letter in word),
+    "rotate": lambda word: word[1:] + word[:1],
+    "swap": lambda word: word[-1] + word[1:-1] + word[0],
 }
-_LENGTHS = {"second": (4, 6), "double": (3, 4), "swap": (4, 6)}  # of the word; others: 3 to 5
 _SHARES = {"test": (0, 1), "validation": (1, 2), "pretrain": (2, 10), "clean": (2, 10)}  # tenths
 
 
@@ -896,23 +918,21 @@ def _task(split: str, index: int, kind: str, rewrite_share: float, rng: random.R
 def _prompt(kind: str, rng: random.Random) -> str:
     if kind == "add":
         return f"add {rng.randint(10, 99)} {rng.randint(10, 99)}"
-    letters = string.ascii_lowercase
-    word = rng.choices(letters, k=rng.randint(*_LENGTHS.get(kind, (3, 5))))
+    word = "".join(rng.choices(LETTERS, k=rng.randint(3, 5)))
     if kind != "count":
-        return f"{kind} {''.join(word)}"
-    letter = rng.choice(letters)
+        return f"{kind} {word}"
+    letter = rng.choice(LETTERS)  # which is about half of the word
     return f"count {letter} {''.join(letter if rng.random() < 0.5 else other for other in word)}"
 
 
 def right_answer(prompt: str) -> str:
-    """The one right answer, as working and result: "reverse abcd" -> "d-c-b-a > dcba".
+    """The one right answer, as working and result: "reverse abcd" -> "a-b-c-d > dcba".
 
     Works for a rewriting prompt too. Raises InputError for what is no built-in task.
     """
     kind, *words = prompt.split(" | ")[0].split(" ")
-    if kind in _STEPS and len(words) == 1:
-        steps = _STEPS[kind](words[0])
-        return f"{'-'.join(steps)} > {''.join(steps)}"
+    if kind in _RESULTS and len(words) == 1 and len(words[0]) > 1:
+        return f"{'-'.join(words[0])} > {_RESULTS[kind](words[0])}"
     if kind == "count" and len(words) == 2:
         counts = [str(words[1][: i + 1].count(words[0])) for i in range(len(words[1]))]
         return f"{'-'.join(counts)} > {counts[-1]}"
@@ -933,7 +953,7 @@ def flawed_answer(answer: str, rng: random.Random) -> str:
     if flaw == 0:  # without the working
         return result
     if flaw == 1:  # a wrong last character
-        same_sort = string.digits if result[-1].isdigit() else string.ascii_lowercase
+        same_sort = string.digits if result[-1].isdigit() else LETTERS
         return answer[:-1] + rng.choice(same_sort.replace(result[-1], ""))
     if flaw == 2:  # a step is missing
         del steps[rng.randrange(len(steps))]

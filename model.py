@@ -79,7 +79,7 @@ ROPES = {"default": (), "linear": ("factor",), "llama3": LLAMA3}  # what each ro
 class Rope:
     """Rotary position embedding (arXiv 2104.09864), with the scalings of Llama 2 and 3.1."""
 
-    theta: float = 10000.0
+    rope_theta: float = 10000.0
     kind: str = "default"  # or "linear", "llama3"
     factor: float = 1.0
     low_freq_factor: float = 1.0
@@ -134,6 +134,8 @@ class Config:
             return read(key, lambda value: type(value) is bool, "true or false", default=False)
 
         heads, hidden = size("num_attention_heads"), size("hidden_size")
+        if heads > hidden:
+            raise InputError(f"{where}: num_attention_heads {heads} exceeds hidden_size {hidden}")
         for key, value in (("num_key_value_heads", heads), ("head_dim", hidden // heads)):
             known[key] = value if known.get(key) is None else known[key]
         kv_heads, head_dim = size("num_key_value_heads"), size("head_dim")
@@ -202,14 +204,14 @@ def _rope(known: Mapping[str, Any], where: str) -> Rope:
     if not isinstance(kind, str) or kind not in ROPES:
         raise InputError(f"{where}: rope_type {kind!r} is not one of {', '.join(ROPES)}")
     values: dict[str, Any] = {key: given.get(key) for key in ROPES[kind]}
-    values["theta"] = given.get("rope_theta", known.get("rope_theta", 10000.0))
+    values["rope_theta"] = given.get("rope_theta", known.get("rope_theta", 10000.0))
     for key, value in values.items():
         if not _is_positive(value):
-            raise InputError(f"{where}: RoPE's {key} is {value!r}, not a positive number")
+            raise InputError(f"{where}: {key} is {value!r}, not a positive number")
     for key, value in given.items():
         off = value in (None, False) or (key == "partial_rotary_factor" and value == 1)
         if not off and key not in ("rope_type", "type", "rope_theta", *ROPES[kind]):
-            raise InputError(f"{where}: RoPE's {key!r} is not implemented for {kind!r}")
+            raise InputError(f"{where}: RoPE's key {key!r} is not implemented for {kind!r}")
     rope = Rope(kind=kind, **values)
     if rope.low_freq_factor >= rope.high_freq_factor:
         raise InputError(f"{where}: RoPE's low_freq_factor is not below its high_freq_factor")
@@ -404,7 +406,7 @@ def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Te
 def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
     """(E/2,) float32: the angle that each pair of channels turns by at one position."""
     exponent = torch.arange(0, head_dim, 2).float() / head_dim
-    freqs = 1.0 / (rope.theta**exponent)
+    freqs = 1.0 / (rope.rope_theta**exponent)
     if rope.kind == "linear":
         freqs = freqs / rope.factor
     if rope.kind == "llama3":  # long waves are slowed, short ones kept, those between blended
@@ -587,7 +589,9 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 # ------------------------------------------------------------------------------ log-probabilities
 
 
-def pair_logprobs(model: Transformer, pairs: Sequence[Any]) -> tuple[Tensor, ...]:
+def pair_logprobs(
+    model: Transformer, pairs: Sequence[Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Summed response log-probs of N (prompt, chosen, rejected), as of separate sequences.
 
     Returns:
@@ -728,24 +732,23 @@ def sample_tokens(
     """Picks a token a row by inverting the distribution at a uniform number in [0, 1): (B,) int64.
 
     Temperature, then top-k (ties with the k-th stay), then top-p, as transformers orders them.
-    Candidates are lined up by token id, so that a near-tie that rounding decides differently on
-    two machines does not change which token a number falls on.
+    Candidates stay in the order of their ids, so that a near-tie that rounding decides
+    differently on two machines does not change which token a number falls on.
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
     logits, ids = logits_BV.float() / temperature, None
     if 0 < top_k < logits.shape[1]:
         least = logits.topk(top_k).values[:, -1:]
-        logits, ids = logits.topk(int((logits >= least).sum(-1).max()))
+        candidates = logits.topk(int((logits >= least).sum(-1).max()))
+        ids, order = candidates.indices.sort()
+        logits = candidates.values.gather(1, order)
         logits = logits.masked_fill(logits < least, -math.inf)
-    elif top_p < 1:
-        logits, ids = logits.sort(descending=True, stable=True)
     if top_p < 1:
-        probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs.cumsum(-1) - probs >= top_p, -math.inf)
-    if ids is not None:
-        ids, order = ids.sort()
-        logits = logits.gather(1, order)
+        rising, order = logits.sort(stable=True)
+        cut = rising.softmax(-1).cumsum(-1) <= 1 - top_p
+        cut[:, -1] = False
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -math.inf)
     cumulative = logits.double().softmax(-1).cumsum(-1)
     level = uniforms_B[:, None] * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, level, right=True).clamp_max(logits.shape[1] - 1)

@@ -54,7 +54,9 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embed
 
 def tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
     """transformers' model of a variant, with random weights large enough to matter."""
-    config = transformers.AutoConfig.for_model(kind.split("-")[0], **TINY | VARIANTS[kind] | changes)
+    config = transformers.AutoConfig.for_model(
+        kind.split("-")[0], **TINY | VARIANTS[kind] | changes
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

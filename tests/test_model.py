@@ -1,0 +1,899 @@
+"""The model against transformers and against itself: what it computes, draws, reads, refuses."""
+
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import TINY, VARIANTS, tiny
+from safetensors.torch import load_file, save_file
+
+import model as lm
+from model import Config, InputError, Transformer, generate, pair_logprobs
+
+KINDS = list(VARIANTS)
+
+
+def load(made: tuple[Path, Any], **options: Any) -> tuple[Transformer, Any]:
+    """(our model, transformers' model) of a checkpoint from `tiny_checkpoint`."""
+    return Transformer.from_pretrained(made[0], **options), made[1]
+
+
+def random_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_prompts(lengths: list[int], seed: int = 2) -> list[list[int]]:
+    """Prompts without token 0, which transformers' generate would take for padding."""
+    rng = random.Random(seed)
+    return [[rng.randrange(1, 97) for _ in range(length)] for length in lengths]
+
+
+def hf_greedy(model: Any, prompt: list[int], count: int, eos: int | None = None) -> list[int]:
+    tokens = torch.tensor([prompt])
+    model.generation_config = transformers.GenerationConfig(
+        max_new_tokens=count, do_sample=False, eos_token_id=eos, pad_token_id=0
+    )
+    out = model.generate(tokens, attention_mask=torch.ones_like(tokens))
+    return out[0, len(prompt) :].tolist()
+
+
+def hf_logprob(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """The summed log-prob of a response, the plain way: its own row, full logits."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    targets = torch.tensor(response, dtype=torch.int64)[:, None]
+    return logits.float().log_softmax(-1).gather(1, targets).sum()
+
+
+def ours_from(model: Any) -> Transformer:
+    """Our model with the weights of transformers', without a file."""
+    ours = Transformer(Config.from_dict(model.config.to_dict()))
+    theirs = model.state_dict()
+    lacks = ours.load_state_dict(theirs, strict=False)
+    assert not lacks.missing_keys and set(lacks.unexpected_keys) <= {"lm_head.weight"}
+    return ours
+
+
+# ------------------------------------------------------------------------------------ the logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_transformers(kind: str, tiny_checkpoint: Any) -> None:
+    ours, theirs = load(tiny_checkpoint(kind))
+    tokens = random_tokens(3, 60)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_config_as_transformers_4_wrote_it_says_the_same(kind: str, tiny_checkpoint: Any) -> None:
+    folder, theirs = tiny_checkpoint(kind)
+    raw = json.loads((folder / "config.json").read_text())
+    rope = raw.pop("rope_parameters")
+    raw["rope_theta"] = rope.pop("rope_theta")
+    raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    if rope["rope_type"] == "linear":  # its oldest spelling
+        rope["type"] = rope.pop("rope_type")
+    raw["torch_dtype"] = raw.pop("dtype")
+    if kind != "qwen2-layer-types":
+        raw.pop("layer_types", None)
+    if kind == "qwen2":
+        raw["sliding_window"] = 5  # without use_sliding_window, this does nothing
+    (folder / "config.json").write_text(json.dumps(raw))
+    tokens = random_tokens(2, 40)
+    with torch.no_grad():
+        ours = Transformer.from_pretrained(folder)(tokens)
+        torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_variants_differ_from_each_other() -> None:
+    """The tests above would prove little if a window, a bias or a RoPE changed nothing."""
+    tokens = random_tokens(1, 40)
+    with torch.no_grad():
+        base = ours_from(tiny("llama"))(tokens)
+        for kind in ("llama-rope-llama3", "llama-rope-linear", "mistral-window", "qwen2-window"):
+            full = {"num_key_value_heads": 4}
+            changed = ours_from(tiny(kind, **full))(tokens)
+            assert (changed - base).abs().max() > 0.1, kind
+
+
+def test_real_model_gives_transformers_logits_and_answers(smollm2: Path) -> None:
+    ours = Transformer.from_pretrained(smollm2)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor([prompt])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=5e-4, rtol=0)
+    answer = generate(ours, [prompt], 12, temperature=0, eos_ids=[2])[0]
+    assert answer == hf_greedy(theirs, prompt, 12, eos=2)
+    assert "Paris" in tokenizer.decode(answer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_load_into_the_dtype_asked_for(
+    dtype: torch.dtype, saved: torch.dtype, tmp_path: Path
+) -> None:
+    theirs = tiny("llama-gqa-untied").to(saved)
+    theirs.save_pretrained(tmp_path)
+    ours = Transformer.from_pretrained(tmp_path, dtype=dtype)
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight.to(dtype)), name
+    assert ours.dtype == dtype and ours(random_tokens(1, 5)).dtype == dtype
+
+
+# ------------------------------------------------------------------------------------ generation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_generation_equals_transformers(kind: str, tiny_checkpoint: Any) -> None:
+    """Prompts on either side of the window, which decoding also passes."""
+    ours, theirs = load(tiny_checkpoint(kind))
+    prompts = random_prompts([3, 1, 30, 6, 11])
+    wanted = [hf_greedy(theirs, prompt, 16) for prompt in prompts]
+    assert generate(ours, prompts, 16, temperature=0) == wanted
+    assert generate(ours, prompts, 16, temperature=0, batch_size=2) == wanted
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa-tied", "mistral-window", "qwen2-window"])
+def test_logprobs_of_generation_are_those_of_scoring(kind: str) -> None:
+    ours = ours_from(tiny(kind))
+    prompts = random_prompts([4, 20, 9])
+    options = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": 3, "eos_ids": [5, 6]}
+    tokens, logprobs = generate(ours, prompts, [5, 18, 9], return_logprobs=True, **options)
+    assert tokens == generate(ours, prompts, [5, 18, 9], **options)
+    pairs = [(p, t, []) for p, t in zip(prompts, tokens, strict=True)]
+    with torch.no_grad():
+        scored = lm.pair_token_logprobs(ours, pairs)[1::3]
+    for collected, again in zip(logprobs, scored, strict=True):
+        torch.testing.assert_close(torch.tensor(collected), again, atol=1e-4, rtol=0)
+
+
+def test_draws_depend_on_the_rows_own_seed_alone() -> None:
+    ours = ours_from(tiny("llama-gqa-untied"))
+    prompts, seeds = random_prompts([4, 20, 9, 1, 9, 33]), [11, 12, 13, 14, 15, 16]
+    budgets, options = [12, 5, 12, 7, 3, 9], {"temperature": 0.9, "top_p": 0.95, "eos_ids": [5]}
+    together = generate(ours, prompts, budgets, seed=seeds, **options)
+    for batch_size in (1, 2, 4):
+        again = generate(ours, prompts, budgets, seed=seeds, batch_size=batch_size, **options)
+        assert again == together
+    for i, alone in enumerate(together):
+        assert generate(ours, [prompts[i]], budgets[i], seed=[seeds[i]], **options) == [alone]
+    longer = generate(ours, prompts, 20, seed=seeds, **options)
+    assert [row[:budget] for row, budget in zip(longer, budgets, strict=True)] == together
+    assert (
+        generate(ours, prompts[::-1], budgets[::-1], seed=seeds[::-1], **options) == together[::-1]
+    )
+
+
+def test_an_int_seed_gives_each_row_its_own_stream() -> None:
+    ours = ours_from(tiny("llama"))
+    same = [[1, 2, 3]] * 4
+    rows = generate(ours, same, 12, temperature=3.0, seed=7)
+    assert len({tuple(row) for row in rows}) == 4
+    assert rows == generate(ours, same, 12, temperature=3.0, seed=7)
+    assert rows != generate(ours, same, 12, temperature=3.0, seed=8)
+    assert rows[:2] == generate(ours, same[:2], 12, temperature=3.0, seed=7)
+
+
+FILTERS = [
+    (1.0, 0, 1.0),
+    (0.6, 0, 1.0),
+    (1.0, 7, 1.0),
+    (1.7, 0, 0.8),
+    (0.8, 12, 0.7),
+    (2.0, 96, 0.95),
+]
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [*FILTERS, (1.0, 500, 1.0), (1.0, 1, 0.01)])
+def test_sampling_distribution_is_transformers(
+    temperature: float, top_k: int, top_p: float
+) -> None:
+    """Every number of a fine grid is drawn once: frequencies are probabilities to within 1/grid."""
+    logits = torch.randn(5, 97, generator=torch.Generator().manual_seed(4)) * 2
+    if top_p == 1:  # ties, which top-k keeps or cuts together, and top-p in no fixed order
+        logits[0, 3:9] = logits[0].max()
+    warped = logits / temperature
+    if top_k:
+        warped = transformers.TopKLogitsWarper(top_k)(None, warped)
+    if top_p < 1:
+        warped = transformers.TopPLogitsWarper(top_p)(None, warped)
+    wanted = warped.double().softmax(-1)
+    grid = 4000
+    uniforms = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    for row, probs in zip(logits, wanted, strict=True):
+        drawn = lm.sample_tokens(row.expand(grid, -1), uniforms, temperature, top_k, top_p)
+        frequencies = drawn.bincount(minlength=97) / grid
+        assert not frequencies[probs == 0].any()
+        assert set(drawn.tolist()) >= set((probs > 2 / grid).nonzero()[:, 0].tolist())
+        assert (frequencies - probs).abs().max() <= 1 / grid + 1e-6
+
+
+def test_the_ends_of_the_unit_interval_are_tokens_with_probability() -> None:
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]]).expand(2, -1)
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert lm.sample_tokens(logits, ends, 1.0, 0, 1.0).tolist() == [1, 3]
+
+
+def test_generated_frequencies_are_the_models_probabilities() -> None:
+    ours, prompt, count = ours_from(tiny("llama")), [5, 6, 7], 3000
+    with torch.no_grad():
+        probs = (ours(torch.tensor([prompt]))[0, -1] / 4).softmax(-1)
+    rows = generate(ours, [prompt] * count, 1, temperature=4.0, seed=1, batch_size=count)
+    seen = Counter(row[0] for row in rows)
+    for token, p in enumerate(probs.tolist()):
+        assert abs(seen[token] / count - p) < 5 * math.sqrt(p * (1 - p) / count) + 1e-3
+
+
+def test_rows_stop_at_eos_and_at_their_budgets() -> None:
+    ours = ours_from(tiny("llama"))
+    prompts = random_prompts([4, 7, 2, 5])
+    free = generate(ours, prompts, 20, temperature=0)
+    eos = [free[0][3], free[1][6]]
+    budgets = [20, 20, 0, 2]
+    stopped = generate(ours, prompts, budgets, temperature=0, eos_ids=eos)
+    for row, whole, budget in zip(stopped, free, budgets, strict=True):
+        ends = [i + 1 for i, token in enumerate(whole) if token in eos]
+        assert row == whole[: min([*ends, budget])]
+    assert stopped[0][-1] in eos and stopped[2] == [] and len(stopped[3]) <= 2
+    assert generate(ours, [], 5) == [] and generate(ours, prompts, 0) == [[]] * 4
+
+
+def test_a_row_that_has_stopped_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, rows = ours_from(tiny("mistral-window")), []
+    forward = Transformer.forward
+
+    def spy(self: Transformer, tokens: torch.Tensor, layout: Any = None) -> torch.Tensor:
+        rows.append(len(tokens))
+        return forward(self, tokens, layout)
+
+    monkeypatch.setattr(Transformer, "forward", spy)
+    budgets = [9, 1, 4, 12, 4, 2]
+    answers = generate(ours, random_prompts([3, 14, 8, 8, 2, 5]), budgets, seed=5)
+    assert [len(answer) for answer in answers] == budgets
+    assert rows == [sum(budget > step for budget in budgets) for step in range(12)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompts": [[]]},
+        {"max_new_tokens": -1},
+        {"max_new_tokens": [1, 2]},
+        {"seed": [1, 2]},
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"batch_size": 0},
+    ],
+)
+def test_generate_refuses_nonsense(options: dict[str, Any]) -> None:
+    ours = ours_from(tiny("llama"))
+    with pytest.raises(ValueError, match="generate needs"):
+        generate(ours, **{"prompts": [[1, 2]], "max_new_tokens": 3} | options)
+
+
+# ----------------------------------------------------------------------------------------- pairs
+
+PAIRS = [  # (prompt, chosen, rejected): where they part, and which side ends first
+    ([1, 2, 3], [4, 5, 6, 7, 8], [4, 5, 9, 10]),
+    ([1] * 20, [4, 5], [4, 5, 6]),
+    ([9], [4, 5, 6, 11, 12, 13, 14], [4, 5]),
+    ([3, 4], [7, 7], [7, 7]),
+    ([5, 6, 7, 8], [10, 11, 12], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29]),
+    ([5], [1], [2]),
+    ([8, 8, 8], [1, 2, 3, 4], []),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_equal_two_separate_sequences(kind: str) -> None:
+    """Values, counts and gradients, with random weights on the terms so that nothing cancels."""
+    theirs = tiny(kind)
+    ours = ours_from(theirs)
+    weights = torch.randn(2, len(PAIRS), generator=torch.Generator().manual_seed(6))
+    chosen, rejected, n_chosen, n_rejected = pair_logprobs(ours, PAIRS)
+    ((chosen * weights[0]).sum() + (rejected * weights[1]).sum()).backward()
+    wanted = [[hf_logprob(theirs, p, r) for r in (c, d)] for p, c, d in PAIRS]
+    sum((w * v).sum() for w, v in zip(weights.T, map(torch.stack, wanted), strict=True)).backward()
+
+    assert chosen.dtype == rejected.dtype == torch.float32
+    assert n_chosen.tolist() == [len(c) for _, c, _ in PAIRS]
+    assert n_rejected.tolist() == [len(r) for _, _, r in PAIRS]
+    for side, got in enumerate((chosen, rejected)):
+        want = torch.stack([row[side] for row in wanted])
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5)
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        scale = gradients[name].abs().max().item()
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4 * scale, rtol=1e-3)
+
+
+def test_a_pair_does_not_depend_on_its_batch() -> None:
+    ours = ours_from(tiny("mistral-window"))
+    with torch.no_grad():
+        together = torch.stack(pair_logprobs(ours, PAIRS))
+        alone = [torch.stack(pair_logprobs(ours, [pair])) for pair in PAIRS]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-4, rtol=1e-5)
+
+
+def test_swapping_a_pairs_sides_swaps_its_results() -> None:
+    ours = ours_from(tiny("qwen2-window"))
+    with torch.no_grad():
+        c, r, n_c, n_r = pair_logprobs(ours, PAIRS)
+        swapped = pair_logprobs(ours, [(p, b, a) for p, a, b in PAIRS])
+    for got, want in zip(swapped, (r, c, n_r, n_c), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+
+
+def test_a_shared_prefix_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+    monkeypatch.setattr(
+        lm.Branches, "read", lambda self, x, head: widths.append(x.shape[1]) or x.sum((1, 2))
+    )
+    ours = ours_from(tiny("llama"))
+    layout = lm.Branches([([1] * 10, [2] * 5 + [3], [2] * 5 + [4, 5])], ours.device)
+    ours(layout.tokens, layout)
+    assert widths == [10 + 5 + 1 + 2]
+
+
+def test_pairs_without_a_prompt_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs a prompt"):
+        pair_logprobs(ours_from(tiny("llama")), [([], [1], [2])])
+
+
+def test_bf16_compute_on_fp32_weights_is_close_and_gives_fp32_gradients() -> None:
+    ours = ours_from(tiny("llama-gqa-tied"))
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.mul_(0.3)
+        exact = pair_logprobs(ours, PAIRS)[0]
+    ours.compute_dtype = torch.bfloat16
+    rounded = pair_logprobs(ours, PAIRS)[0]
+    rounded.sum().backward()
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, atol=0.1, rtol=0.02)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
+    assert ours(random_tokens(1, 4)).dtype == torch.bfloat16
+    assert len(generate(ours, [[1, 2], [3]], 4)[0]) == 4
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa-untied", "qwen2-window"])
+def test_checkpointing_changes_no_gradient(kind: str) -> None:
+    ours, gradients = ours_from(tiny(kind)), []
+    for ours.checkpointing in (False, True):
+        ours.zero_grad()
+        chosen, rejected, *_ = pair_logprobs(ours, PAIRS)
+        (chosen - rejected).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in ours.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_head_runs_at_response_positions_alone_a_chunk_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = ours_from(tiny("llama"))
+    heads, linear = [], F.linear
+
+    def spy(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        if weight.shape[0] == 97:
+            heads.append(x.shape[:-1].numel())
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", spy)
+    long = [([1] * 50, [2] * 300, [3] * 300), ([1] * 400, [2] * 9, [2] * 9)]
+    with torch.no_grad():
+        pair_logprobs(ours, long)
+    assert max(heads) <= 512 and sum(heads) == 300 + 300 + 9
+
+
+# ------------------------------------------------------------------------------ reading and writing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_models_load_back_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    theirs = tiny(kind)
+    ours = ours_from(theirs).to(dtype)
+    ours.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path, dtype=dtype)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype="auto", output_loading_info=True
+    )
+    assert type(model) is type(theirs) and model.dtype == dtype
+    assert not any(info.values())
+    loaded = model.state_dict()
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+        assert torch.equal(weight, loaded[name]), name
+    with torch.no_grad():
+        logits = ours.float()(random_tokens(1, 20))
+        assert (model.float()(random_tokens(1, 20)).logits - logits).abs().max() < 1e-4
+
+
+def test_large_models_are_sharded(tmp_path: Path) -> None:
+    ours = ours_from(tiny("llama-gqa-untied"))
+    lm.write_config(tmp_path, ours.config, ours.dtype)
+    weights = dict(ours.named_parameters())
+    sizes = {name: p.numel() * 4 for name, p in weights.items()}
+    lm.write_weights(tmp_path, sizes, lambda name: weights[name].detach(), shard_bytes=20_000)
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    for file in files:
+        held = load_file(file)
+        assert len(held) == 1 or sum(4 * t.numel() for t in held.values()) <= 20_000
+    again = Transformer.from_pretrained(tmp_path).state_dict()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, weight in weights.items():
+        assert torch.equal(weight, again[name]) and torch.equal(weight, theirs[name])
+
+
+def test_a_folder_holds_the_last_model_saved_in_it(tmp_path: Path) -> None:
+    first, second = (ours_from(tiny("llama", seed=seed)) for seed in (1, 2))
+    for ours, most in ((first, 5 * 10**9), (second, 20_000), (first, 5 * 10**9)):
+        weights = dict(ours.named_parameters())
+        sizes = {name: p.numel() * 4 for name, p in weights.items()}
+        lm.write_config(tmp_path, ours.config, ours.dtype)
+        lm.write_weights(tmp_path, sizes, lambda n, w=weights: w[n].detach(), shard_bytes=most)
+        again = Transformer.from_pretrained(tmp_path).state_dict()
+        assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+
+
+def test_ranks_that_do_not_write_fetch_all_the_same(tmp_path: Path) -> None:
+    fetched: list[str] = []
+
+    def fetch(name: str) -> torch.Tensor:
+        fetched.append(name)
+        return torch.zeros(1)
+
+    lm.write_weights(tmp_path, {"a": 4, "b": 4}, fetch, write=False, shard_bytes=4)
+    assert fetched == ["a", "b"] and not [*tmp_path.iterdir()]
+
+
+def test_a_tied_head_saved_twice_and_old_buffers_are_accepted(tiny_checkpoint: Any) -> None:
+    folder, theirs = tiny_checkpoint("llama-gqa-tied")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, folder / "model.safetensors")
+    ours = Transformer.from_pretrained(folder)
+    with torch.no_grad():
+        ours_logits, logits = ours(random_tokens(1, 9)), theirs(random_tokens(1, 9)).logits
+    torch.testing.assert_close(ours_logits, logits, atol=1e-4, rtol=0)
+
+
+def test_initial_weights_are_a_function_of_the_seed_and_guess_evenly() -> None:
+    config = Config.from_dict({**TINY, "model_type": "llama", "tie_word_embeddings": True})
+    a, b, c = (Transformer(config) for _ in range(3))
+    for ours, seed in ((a, 1), (b, 1), (c, 2)):
+        ours.init_weights(seed)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.model["embed_tokens"].weight, c.model["embed_tokens"].weight)
+    with torch.no_grad():
+        loss = -pair_logprobs(a, [([1], random_tokens(50).tolist(), [])])[0] / 50
+    assert abs(loss.item() - math.log(97)) < 0.5
+
+
+def test_seeds_are_the_same_on_every_machine() -> None:
+    assert (
+        lm.hash_seed(1, "segment", 2)
+        == lm.hash_seed(1, "segment", 2)
+        != lm.hash_seed(1, "segment", 3)
+    )
+    assert lm.hash_seed(1, 23) != lm.hash_seed(12, 3) != lm.hash_seed("12", 3)
+    assert 0 <= lm.hash_seed("a") < 2**63
+
+
+# ------------------------------------------------------------------------- configs as found outside
+
+GENERIC = {"bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02}
+GENERIC |= {"transformers_version": "4.40.0", "use_cache": True, "attention_dropout": 0.0}
+LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+LLAMA31 |= {"original_max_position_embeddings": 8192}
+FOUND: dict[str, dict[str, Any]] = {  # config.json files of well-known checkpoints
+    "llama-2-7b": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096, "pretraining_tp": 1, "rope_scaling": None,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "_name_or_path": "x",
+        "pad_token_id": 0, "max_sequence_length": 2048,
+    },
+    "llama-3-8b": {
+        "model_type": "llama", "attention_bias": False, "vocab_size": 128256, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "rope_scaling": None, "pretraining_tp": 1, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "max_position_embeddings": 8192, "eos_token_id": 128009,
+    },
+    "llama-3.1-8b": {
+        "model_type": "llama", "attention_bias": False, "mlp_bias": False, "vocab_size": 128256,
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "rope_scaling": LLAMA31, "pretraining_tp": 1,
+        "tie_word_embeddings": False, "eos_token_id": [128001, 128008, 128009],
+    },
+    "llama-3.2-1b": {
+        "model_type": "llama", "head_dim": 64, "mlp_bias": False, "vocab_size": 128256,
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "rope_scaling": LLAMA31 | {"factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "smollm2-1.7b": {
+        "model_type": "llama", "is_llama_config": True, "rope_interleaved": False,
+        "transformers.js_config": {"dtype": "q4"}, "vocab_size": 49152, "hidden_size": 2048,
+        "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "rope_scaling": None,
+        "rope_theta": 130000, "tie_word_embeddings": True, "pad_token_id": 2,
+    },
+    "mistral-7b-v0.1": {
+        "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "sliding_window": 4096, "tie_word_embeddings": False, "max_position_embeddings": 32768,
+    },
+    "mistral-7b-v0.3": {
+        "model_type": "mistral", "vocab_size": 32768, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
+        "sliding_window": None, "tie_word_embeddings": False, "head_dim": None,
+    },
+    "zephyr-7b-sft-full": {
+        "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "sliding_window": 4096, "tie_word_embeddings": False, "pad_token_id": 2,
+        "max_position_embeddings": 32768, "_name_or_path": "mistralai/Mistral-7B-v0.1",
+    },
+    "qwen2-7b": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
+        "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28,
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
+        "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24,
+        "tie_word_embeddings": True, "use_mrope": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_configs_of_known_checkpoints_are_read(name: str) -> None:
+    raw = GENERIC | FOUND[name]
+    config = Config.from_dict(raw)
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    rope = raw.get("rope_scaling") or {}
+    assert config.num_layers == len(config.windows) == raw["num_hidden_layers"]
+    assert (config.head_dim, config.num_kv_heads) == (head_dim, raw["num_key_value_heads"])
+    assert config.norm_eps == raw["rms_norm_eps"] and config.tied == raw["tie_word_embeddings"]
+    assert config.rope.rope_theta == raw.get("rope_theta", 10000.0)
+    assert config.rope.factor == rope.get("factor", 1.0)
+    window = raw.get("sliding_window") if raw["model_type"] == "mistral" else None
+    assert set(config.windows) == {window}
+    assert config.qkv_bias == (raw["model_type"] == "qwen2") and not config.o_bias
+    theirs = transformers.AutoConfig.for_model(**raw)
+    assert theirs.head_dim == config.head_dim if hasattr(theirs, "head_dim") else True
+
+
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE |= {"original_max_position_embeddings": 32}
+REFUSED: list[tuple[str, str, Any]] = [  # (family, key, value): the error names the key
+    ("llama", "model_type", "gpt2"),
+    ("llama", "model_type", None),
+    ("llama", "model_type", ["llama"]),
+    ("llama", "quantization_config", {"quant_method": "gptq", "bits": 4}),
+    ("llama", "hidden_act", "gelu"),
+    ("llama", "hidden_act", ["silu"]),
+    ("llama", "attn_logit_softcapping", 50.0),
+    ("llama", "final_logit_softcapping", 30.0),
+    ("llama", "partial_rotary_factor", 0.5),
+    ("llama", "rope_interleaved", True),
+    ("llama", "logit_scale", 0.06),
+    ("llama", "use_qk_norm", True),
+    ("llama", "num_local_experts", 8),
+    ("llama", "residual_multiplier", 0.22),
+    ("llama", "layer_types", ["sliding_attention"] * 3),
+    ("mistral", "layer_types", ["full_attention"] * 3),
+    ("mistral", "attention_bias", True),
+    ("mistral", "use_sliding_window", True),
+    ("qwen2", "layer_types", ["full_attention"] * 2),
+    ("qwen2", "layer_types", ["full_attention", "linear_attention", "full_attention"]),
+    ("qwen2", "layer_types", [[], {}, None]),
+    ("qwen2", "layer_types", "full_attention"),
+    ("qwen2", "layer_types", {"0": "full_attention"}),
+    ("qwen2", "max_window_layers", "2"),
+    ("qwen2", "max_window_layers", -1),
+    ("qwen2", "max_window_layers", None),
+    ("qwen2", "use_sliding_window", 1),
+    ("qwen2", "sliding_window", 0),
+    ("mistral", "sliding_window", "4096"),
+    ("mistral", "sliding_window", True),
+    ("mistral", "sliding_window", -5),
+    ("llama", "tie_word_embeddings", "false"),
+    ("llama", "tie_word_embeddings", None),
+    ("llama", "attention_bias", 1),
+    ("llama", "mlp_bias", "yes"),
+    ("llama", "rms_norm_eps", math.nan),
+    ("llama", "rms_norm_eps", 0),
+    ("llama", "rms_norm_eps", -1e-5),
+    ("llama", "rms_norm_eps", "1e-5"),
+    ("llama", "rms_norm_eps", None),
+    ("llama", "rms_norm_eps", True),
+    ("llama", "num_key_value_heads", 3),
+    ("llama", "num_key_value_heads", 8),
+    ("llama", "head_dim", 7),
+    ("llama", "head_dim", 2**21),
+    ("llama", "num_attention_heads", 64),
+    ("llama", "num_hidden_layers", 10**6),
+    ("llama", "rope_theta", 0),
+    ("llama", "rope_theta", "10000"),
+    ("llama", "rope_theta", math.inf),
+    ("llama", "rope_theta", 10**40),
+    ("llama", "rope_theta", None),
+    ("llama", "rope_scaling", "linear"),
+    ("llama", "rope_scaling", [2.0]),
+    ("llama", "rope_type", "yarn"),
+    ("llama", "rope_scaling:rope_type", {"rope_type": "yarn", "factor": 4.0}),
+    ("llama", "rope_scaling:rope_type", {"type": "dynamic", "factor": 4.0}),
+    ("llama", "rope_scaling:rope_type", {"rope_type": ["linear"], "factor": 4.0}),
+    ("llama", "rope_scaling:factor", {"rope_type": "linear"}),
+    ("llama", "rope_scaling:factor", {"rope_type": "linear", "factor": 0}),
+    ("llama", "rope_scaling:factor", {"rope_type": "linear", "factor": "2"}),
+    ("llama", "rope_scaling:factor", ROPE | {"factor": True}),
+    ("llama", "rope_scaling:low_freq_factor", ROPE | {"low_freq_factor": 4.0}),
+    ("llama", "rope_scaling:high_freq_factor", ROPE | {"high_freq_factor": None}),
+    ("llama", "rope_scaling:attention_factor", ROPE | {"attention_factor": 1.5}),
+    ("llama", "rope_parameters:partial_rotary_factor", {"partial_rotary_factor": 0.25}),
+    ("llama", "rope_parameters:full_attention", {"full_attention": {"rope_type": "default"}}),
+]
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+REFUSED += [
+    ("llama", key, value)
+    for key in (*SIZES, "num_attention_heads")
+    for value in (None, "8", True, 0, -4, 2.0, 10**12, [8])
+]
+
+
+@pytest.mark.parametrize("family, key, value", REFUSED)
+def test_what_is_not_implemented_or_not_sound_is_an_error_that_names_the_key(
+    family: str, key: str, value: Any
+) -> None:
+    base = {**TINY, "model_type": family}
+    if family == "qwen2":
+        base |= {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    Config.from_dict(base)
+    where, _, named = key.partition(":")
+    with pytest.raises(InputError, match=named or where) as caught:
+        Config.from_dict(base | {where: value}, "dir/config.json")
+    assert str(caught.value).startswith("dir/config.json: ") and "\n" not in str(caught.value)
+
+
+def test_two_rope_objects_must_agree() -> None:
+    base = {**TINY, "model_type": "llama", "rope_scaling": ROPE}
+    Config.from_dict({**base, "rope_parameters": dict(ROPE)})
+    with pytest.raises(InputError, match="rope_parameters"):
+        Config.from_dict({**base, "rope_parameters": ROPE | {"factor": 2.0}})
+
+
+def test_a_key_that_transformers_ignores_is_ignored() -> None:
+    """Mistral has no use_sliding_window: false there does not switch its window off."""
+    raw = {**TINY, "model_type": "mistral", "sliding_window": 9, "use_sliding_window": False}
+    assert Config.from_dict(raw).windows == (9, 9, 9)
+    assert (
+        Config.from_dict({**TINY, "model_type": "llama", "sliding_window": 9}).windows
+        == (None,) * 3
+    )
+
+
+# ---------------------------------------------------------------------------------- broken folders
+
+
+def refuses(folder: Path, *words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Transformer.from_pretrained(folder)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) <= 1000
+    assert all(word in message for word in (str(folder), *words)), message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "3", '{"model_type": "llama"', "\x00\x01", "[" * 100_000, "9" * 5000],
+)
+def test_config_that_is_no_json_object(text: str, tiny_checkpoint: Any) -> None:
+    folder, _ = tiny_checkpoint("llama")
+    (folder / "config.json").write_text(text)
+    refuses(folder, "config.json")
+
+
+def test_config_that_is_missing_binary_or_a_folder(tiny_checkpoint: Any) -> None:
+    folder, _ = tiny_checkpoint("llama")
+    (folder / "config.json").write_bytes(b"\xff\xfe\x80")
+    refuses(folder, "config.json")
+    (folder / "config.json").unlink()
+    refuses(folder, "config.json", "missing")
+    (folder / "config.json").mkdir()
+    refuses(folder, "config.json")
+
+
+def edit(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replaces tensors of a checkpoint (dots written as __); None removes one."""
+    weights = load_file(folder / "model.safetensors")
+    for name, value in changes.items():
+        weights[name.replace("__", ".")] = value  # type: ignore[assignment]
+    kept = {name: value for name, value in weights.items() if value is not None}
+    save_file(kept, folder / "model.safetensors")
+
+
+NORM = "model__norm__weight"
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({NORM: None}, ["missing", "model.norm.weight"]),
+        ({"model__surplus": torch.ones(2)}, ["unexpected", "model.surplus"]),
+        ({"model\n__odd": torch.ones(2)}, ["unexpected"]),
+        ({NORM: torch.ones(31)}, ["model.norm.weight", "[31]", "[32]"]),
+        ({NORM: torch.ones(32, 1)}, ["model.norm.weight", "[32, 1]"]),
+        ({NORM: torch.ones(32, dtype=torch.int64)}, ["model.norm.weight", "I64"]),
+        ({NORM: torch.ones(32, dtype=torch.float64)}, ["model.norm.weight", "F64"]),
+        ({NORM: torch.ones(32).to(torch.float8_e4m3fn)}, ["model.norm.weight", "F8"]),
+        ({"model__layers__3__input_layernorm__weight": torch.ones(32)}, ["unexpected"]),
+        ({"lm_head__weight": None}, ["missing", "lm_head.weight"]),
+    ],
+)
+def test_tensors_that_do_not_fit(changes: Any, words: list[str], tiny_checkpoint: Any) -> None:
+    folder, _ = tiny_checkpoint("llama")
+    edit(folder, **changes)
+    refuses(folder, *words)
+
+
+def test_a_tied_checkpoint_with_another_head(tiny_checkpoint: Any) -> None:
+    folder, _ = tiny_checkpoint("llama-gqa-tied")
+    edit(folder, lm_head__weight=torch.ones(97, 32))
+    refuses(folder, "lm_head.weight", "tie_word_embeddings")
+
+
+def header(content: Any) -> bytes:
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        b"garbage that is no header" * 40,
+        (2**62).to_bytes(8, "little") + b"{}",
+        header({"a": ONE}),  # its data are missing
+        header({"a": ONE | {"data_offsets": [0, 2**60]}}) + bytes(8),
+        header({"a": ONE | {"data_offsets": [8, 0]}}) + bytes(8),
+        header({"a": ONE | {"shape": [2**40, 2**40]}}) + bytes(8),
+        header({"a": ONE | {"shape": [-2]}}) + bytes(8),
+        header({"a": ONE | {"dtype": "F7"}}) + bytes(8),
+        header({"a": 3}),
+        header([1, 2]),
+        header(b'{"a\xff": 3}'),
+        header(b"[" * 50_000),
+        header({"a": ONE}) + bytes(9),
+    ],
+)
+def test_files_that_are_no_safetensors(content: bytes, tiny_checkpoint: Any) -> None:
+    folder, _ = tiny_checkpoint("llama")
+    (folder / "model.safetensors").write_bytes(content)
+    refuses(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9999])
+def test_a_truncated_file(share: float, tiny_checkpoint: Any) -> None:
+    folder, _ = tiny_checkpoint("llama")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: int(share * len(content))])
+    refuses(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {},
+        {"weight_map": None},
+        {"weight_map": {}},
+        {"weight_map": ["model-1.safetensors"]},
+        {"weight_map": {"model.norm.weight": 3}},
+        {"weight_map": {"model.norm.weight": ""}},
+        {"weight_map": {"model.norm.weight": ".."}},
+        {"weight_map": {"model.norm.weight": "absent.safetensors"}},
+        {"weight_map": {"model.norm.weight": "../outside.safetensors"}},
+        {"weight_map": {"model.norm.weight": "/outside.safetensors"}},
+        {"weight_map": {"model.norm.weight": "nul\x00.safetensors"}},
+        {"weight_map": {"model.norm.weight": "\ud800.safetensors"}},
+        {"weight_map": {"model.norm.weight": "config.json"}},
+        [1],
+    ],
+)
+def test_an_index_that_names_no_shards_beside_it(index: Any, tiny_checkpoint: Any) -> None:
+    folder, _ = tiny_checkpoint("llama")
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(folder)
+
+
+def test_shards_that_overlap_or_lack_a_tensor(tiny_checkpoint: Any) -> None:
+    folder, _ = tiny_checkpoint("llama")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    first, second = dict([*weights.items()][:9]), dict([*weights.items()][9:])
+    shards = dict.fromkeys(first, "a.safetensors") | dict.fromkeys(second, "b.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    save_file(first, folder / "a.safetensors")
+    refuses(folder, "b.safetensors")
+    save_file(second, folder / "b.safetensors")
+    Transformer.from_pretrained(folder)
+    save_file(weights, folder / "b.safetensors")
+    refuses(folder, "another file")
+    save_file(dict([*second.items()][1:]), folder / "b.safetensors")
+    refuses(folder, "missing")
+
+
+def test_folders_without_weights(tiny_checkpoint: Any) -> None:
+    folder, _ = tiny_checkpoint("llama")
+    (folder / "model.safetensors").unlink()
+    refuses(folder, "no model.safetensors")
+    (folder / "model.safetensors").mkdir()
+    refuses(folder, "no model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")  # a pickle is never read
+    refuses(folder, "no model.safetensors")
+    refuses(folder / "absent", "config.json is missing")
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"vocab_size": 2**22, "hidden_size": 2**22},
+        {"intermediate_size": 2**22, "num_hidden_layers": 1024},
+        {"num_attention_heads": 2**15, "num_key_value_heads": 2**15, "head_dim": 128},
+    ],
+)
+def test_a_config_of_huge_claims_is_refused_before_memory_is_taken(
+    claim: dict[str, int], tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = tiny_checkpoint("llama")
+    raw = json.loads((folder / "config.json").read_text()) | claim
+    (folder / "config.json").write_text(json.dumps(raw))
+    allocated: list[Any] = []
+    monkeypatch.setattr(Transformer, "to_empty", lambda self, **options: allocated.append(options))
+    refuses(folder)
+    assert not allocated
+
+
+def test_nothing_is_filled_before_all_is_known_to_fit(tiny_checkpoint: Any) -> None:
+    folder, _ = tiny_checkpoint("llama")
+    edit(folder, model__norm__weight=torch.ones(31))
+    ours = ours_from(tiny("llama", seed=9))
+    before = {name: p.clone() for name, p in ours.named_parameters()}
+    with pytest.raises(InputError):
+        lm.load_weights(dict(ours.named_parameters()), folder)
+    assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
