@@ -11,9 +11,10 @@ Three kinds of tokenizer are read, and `transformers` is needed for none of them
     tokenizer.model  SentencePiece (Llama 2, Mistral)             through sentencepiece
     tokenizer.model  tiktoken's own format (Llama 3)              through tiktoken
 
-Ids equal those of transformers, with these exceptions: a `tokenizer.model` encodes a leading space
-as SentencePiece does, which transformers 5 does not; a run of white space beyond 100,000 characters
-is encoded in parts; and next to a byte that a vocabulary lacks, nothing is merged across it.
+Ids equal those of transformers, with these exceptions. Runs of spaces, and leading ones, are what
+SentencePiece itself makes of them, which transformers 5 does not do. A run of white space beyond
+100,000 characters is encoded in parts. Nothing is merged across a byte that the vocabulary lacks
+(SmolLM2's lacks a few control characters). NFC is that of Python's Unicode.
 
 Whatever a file holds, what is wrong with it is an `InputError` of one line.
 """
@@ -303,7 +304,7 @@ def _reading(what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
         detail = f"{type(error).__name__}: {_line(error)}"
         raise InputError(f"{what} is malformed ({detail}); copy it from the checkpoint") from None
 
@@ -636,14 +637,19 @@ def _short_spaces(text: str) -> Iterator[str]:
 class SentencePieces(Codec):
     """A SentencePiece model, with its control tokens found in the text as transformers does.
 
-    `legacy`: a space is put in front of each text between added tokens, and not only of the first.
+    Of tokenizer_config.json it reads two keys: with `legacy`, a space is put in front of each text
+    between added tokens, and not only of the first; without `add_prefix_space`, of none.
     """
 
-    def __init__(self, model: bytes, legacy: bool) -> None:
-        self.spaced = sentencepiece.SentencePieceProcessor(model_proto=model)
+    def __init__(self, model: bytes, config: dict[str, Any]) -> None:
+        self.legacy = bool(config.get("legacy", False))  # as transformers 5 has it
+        self.prefix = config.get("add_prefix_space") is not False
         # Concatenated protocol buffers are merged: this is normalizer_spec.add_dummy_prefix = false
-        self.bare = sentencepiece.SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
-        self.legacy = legacy
+        bare = model + b"\x1a\x02\x18\x00"
+        self.bare = sentencepiece.SentencePieceProcessor(model_proto=bare)
+        self.spaced = sentencepiece.SentencePieceProcessor(
+            model_proto=model if self.prefix else bare
+        )
         sp, ids = self.spaced, range(len(self.spaced))
         pieces = [sp.id_to_piece(i) for i in ids]
         self.bytes = {i: bytes([int(pieces[i][3:5], 16)]) for i in ids if sp.is_byte(i)}
@@ -665,7 +671,7 @@ class SentencePieces(Codec):
                 text += data.decode()
             except UnicodeDecodeError:  # transformers: one U+FFFD for each byte of the run
                 text += "\ufffd" * len(data)
-        return text[1:] if text.startswith(" ") else text  # the space that encoding has added
+        return text.removeprefix(" ") if self.prefix else text
 
 
 def _codec(folder: Path, config: dict[str, Any]) -> Codec:
@@ -674,7 +680,9 @@ def _codec(folder: Path, config: dict[str, Any]) -> Codec:
     data = model.read_bytes() if model.is_file() else b""
     if data and not _TIKTOKEN_LINE.match(data):
         with _reading(str(model)):
-            return SentencePieces(data, legacy=bool(config.get("legacy", False)))
+            return SentencePieces(data, config)
+    if config.get("add_prefix_space"):
+        raise _unknown(folder / "tokenizer_config.json", "add_prefix_space", True)
     if (folder / "tokenizer.json").is_file():
         return _byte_level(folder / "tokenizer.json")
     if data:

@@ -346,15 +346,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], layout: "Layout") -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        q_BHTE = self._heads(self.q_proj(x_BTD))
-        k_BKTE = self._heads(self.k_proj(x_BTD))
-        v_BKTE = self._heads(self.v_proj(x_BTD))
-        q_BHTE, k_BKTE = rotate(q_BHTE, rotation), rotate(k_BKTE, rotation)
+        q_BTHE, k_BTKE, v_BTKE = (
+            part(x_BTD).unflatten(-1, (-1, self.head_dim))
+            for part in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BTHE, k_BTKE = rotate(q_BTHE, rotation), rotate(k_BTKE, rotation)
+        q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
         o_BHTE = layout.attend(q_BHTE, k_BKTE, v_BKTE, self.layer, self.window)
         return self.o_proj(o_BHTE.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -395,9 +394,9 @@ class RMSNorm(nn.Module):
 
 
 def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions (B or 1, T): two (B or 1, 1, T, E), computed in float32."""
+    """Cosines and sines for positions (B or 1, T): two (B or 1, T, 1, E), computed in float32."""
     freqs = frequencies(config.rope, config.head_dim, positions.device)
-    angles = positions[:, None, :, None].float() * freqs
+    angles = positions[:, :, None, None].float() * freqs
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

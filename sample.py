@@ -61,6 +61,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if (flags.prompt is None) == (flags.prompts is None):
         raise InputError("give --prompt TEXT or --prompts FILE, one of the two")
+    if flags.prompt is not None and not flags.prompt.strip():
+        raise InputError("--prompt is empty")
     if flags.out and not flags.prompts:
         raise InputError("--out goes with --prompts")
     for name, low, high in (

@@ -52,9 +52,13 @@ from sapo import (
     SegmentPair,
     Source,
     Static,
+    dpo_loss,
+    orpo_loss,
     paint,
     pair_loss,
 )
+
+__all__ = ["Config", "Trainer", "dpo_loss", "main", "orpo_loss"]  # the losses are sapo.py's
 
 # -------------------------------------------------------------------------------------- the flags
 
@@ -165,7 +169,7 @@ class Config:
 
 
 TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
-    "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": 3e-4, "max_length": 128,
+    "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": 1e-4, "max_length": 128,
     "segment_length": "8", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
     "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256,
 }  # fmt: skip
@@ -184,13 +188,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sapo-orpo-mistral-7b": {"method": "sapo", **ORPO},
 }
 START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
-    "method": "sft", "loss": None, "steps": 2400, "batch_size": 48, "micro_batch_size": 48,
+    "method": "sft", "loss": None, "steps": 1800, "batch_size": 32, "micro_batch_size": 32,
     "lr": 4e-3, "optimizer": "adamw", "adam_beta2": 0.98, "warmup": 80.0, "schedule": "linear",
     "weight_decay": 0.0, "max_grad_norm": 1.0, "log_every": 50,
     "save_every": 0, "eval_every": 0, "show_every": 0, "save_dtype": "fp32", "max_length": 128,
     "max_prompt_length": None, "precision": "fp32",
 }  # fmt: skip
-REWRITE_SHARE = 0.25  # of the start's rows: a draft to be answered with another draft
+REWRITE_SHARE = 0.2  # of the start's rows: a draft to be answered with another draft
 START_MODEL = {  # RoPE base 100: the same training with 10,000 learns a third as much
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
     "intermediate_size": 168, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -300,6 +304,15 @@ def check(config: Config) -> Config:
 # -------------------------------------------------------------------------------------- the ranks
 
 
+def outline(folder: Path) -> Transformer:
+    """The model in a folder without its weights, once their headers agree with its config."""
+    raw = lm.read_json(folder / "config.json")
+    with torch.device("meta"):
+        model = Transformer(lm.Config.from_dict(raw, f"{folder}/config.json"))
+    lm.find_weights(dict(model.named_parameters()), folder)
+    return model
+
+
 class Ranks:
     """The processes of the run, and the only place that knows how many there are."""
 
@@ -321,9 +334,7 @@ class Ranks:
 
     def build(self, folder: Path, config: Config, learns: bool) -> Transformer:
         """Loads a model in fp32, each rank its shard of it."""
-        raw = lm.read_json(folder / "config.json")
-        with torch.device("meta"):
-            model = Transformer(lm.Config.from_dict(raw, f"{folder}/config.json"))
+        model = outline(folder)
         model.compute_dtype = torch.bfloat16 if config.precision == "bf16" else None
         model.checkpointing = config.activation_checkpointing
         if self.world > 1:
@@ -386,7 +397,7 @@ class Ranks:
 
     def share_rows(self, mine: dict[int, list[int]], count: int) -> list[list[int]]:
         """Every rank's rows of tokens, by index, on every rank. No pickle: padded integers."""
-        if self.world == 1:
+        if self.world == 1 or count == 0:
             return [mine[i] for i in range(count)]
         lengths = torch.zeros(count, dtype=torch.int64, device=self.device)
         for i, row in mine.items():
@@ -747,6 +758,11 @@ def run(config: Config, ranks: Ranks) -> None:
         return
     start = Path(config.model) if config.model else out / "start"
     tokenizer = load_tokenizer(config)
+    if config.model and (size := outline(start).config.vocab_size) < tokenizer.vocab_size:
+        raise InputError(
+            f"{start}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
+            f"and vocab_size in config.json is {size}"
+        )
     rows, eval_rows = read_rows(config, tokenizer, ranks)
     claim(out, config, ranks)
     if config.model is None and not start.exists():
@@ -838,7 +854,7 @@ def claim(out: Path, config: Config, ranks: Ranks) -> None:
 def pretrain(config: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:
     """Makes the built-in start: random weights, then SFT on answers of mixed quality.
 
-    A third of the rows ask for a draft to be rewritten, which SGPO's improver builds on.
+    REWRITE_SHARE of the rows ask for a draft to be rewritten, which SGPO's improver builds on.
     """
     settings = dataclasses.replace(config, **START)
     blank = start.with_name(".blank")

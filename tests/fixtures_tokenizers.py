@@ -165,17 +165,19 @@ def mistral_model_file(version: str = "tokenizer.model.v1") -> Path:
 
 
 @cache
-def mistral_dir(legacy: bool) -> Path:
+def mistral_dir(legacy: bool, prefix: bool = True) -> Path:
     """Mistral's first SentencePiece model as a checkpoint's tokenizer, without a template."""
+    name = f"{'legacy' if legacy else 'first'}{'' if prefix else '-bare'}"
 
     def make(folder: Path) -> None:
         shutil.copy(mistral_model_file(), folder / "tokenizer.model")
         names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+        config: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+        config |= {} if prefix else {"add_prefix_space": False}
         write_json(folder / "tokenizer_config.json", config | names)
         write_json(folder / "config.json", {"model_type": "llama", "vocab_size": 32000})
 
-    return _kept(f"tokenizer-mistral-{'legacy' if legacy else 'first'}", make)
+    return _kept(f"tokenizer-mistral-{name}", make)
 
 
 def sentencepiece_model(path: Path) -> sentencepiece.SentencePieceProcessor:

@@ -185,17 +185,11 @@ def test_an_int_seed_gives_each_row_its_own_stream() -> None:
     assert rows[:2] == generate(ours, same[:2], 12, temperature=3.0, seed=7)
 
 
-FILTERS = [
-    (1.0, 0, 1.0),
-    (0.6, 0, 1.0),
-    (1.0, 7, 1.0),
-    (1.7, 0, 0.8),
-    (0.8, 12, 0.7),
-    (2.0, 96, 0.95),
-]
+FILTERS = [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 7, 1.0), (1.7, 0, 0.8), (0.8, 12, 0.7)]
+FILTERS += [(2.0, 96, 0.95), (1.0, 500, 1.0), (1.0, 1, 0.01), (1.0, 0, 1e-9)]
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [*FILTERS, (1.0, 500, 1.0), (1.0, 1, 0.01)])
+@pytest.mark.parametrize("temperature, top_k, top_p", FILTERS)
 def test_sampling_distribution_is_transformers(
     temperature: float, top_k: int, top_p: float
 ) -> None:
@@ -211,11 +205,12 @@ def test_sampling_distribution_is_transformers(
     wanted = warped.double().softmax(-1)
     grid = 4000
     uniforms = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
-    for row, probs in zip(logits, wanted, strict=True):
-        drawn = lm.sample_tokens(row.expand(grid, -1), uniforms, temperature, top_k, top_p)
-        frequencies = drawn.bincount(minlength=97) / grid
+    rows = logits.repeat(grid, 1)  # all rows in one batch, each of which must not see the others
+    drawn = lm.sample_tokens(rows, uniforms.repeat_interleave(5), temperature, top_k, top_p)
+    for row, probs in zip(drawn.view(grid, 5).T, wanted, strict=True):
+        frequencies = row.bincount(minlength=97) / grid
         assert not frequencies[probs == 0].any()
-        assert set(drawn.tolist()) >= set((probs > 2 / grid).nonzero()[:, 0].tolist())
+        assert set(row.tolist()) >= set((probs > 2 / grid).nonzero()[:, 0].tolist())
         assert (frequencies - probs).abs().max() <= 1 / grid + 1e-6
 
 
@@ -397,6 +392,20 @@ def test_the_head_runs_at_response_positions_alone_a_chunk_at_a_time(
     with torch.no_grad():
         pair_logprobs(ours, long)
     assert max(heads) <= 512 and sum(heads) == 300 + 300 + 9
+
+
+def test_no_logits_wait_for_the_backward_pass() -> None:
+    ours, kept = ours_from(tiny("llama")), []
+
+    def spy(saved: torch.Tensor) -> torch.Tensor:
+        kept.append(saved.shape)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(spy, lambda saved: saved):
+        chosen = pair_logprobs(ours, [([1], [2] * 600, [3] * 5)])[0]
+    chosen.sum().backward()
+    assert kept and not any(shape[-1:] == (97,) for shape in kept)
+    assert ours.lm_head.weight.grad is not None
 
 
 # ------------------------------------------------------------------------------ reading and writing

@@ -20,8 +20,8 @@ from sapo import (
     dpo_loss,
     ema_update,
     orpo_loss,
-    pair_loss,
     paint,
+    pair_loss,
     splice,
 )
 
@@ -165,7 +165,7 @@ class Recorder:
         self.new, self.prompts, self.budgets, self.seeds = new, [], [], []
         self.models: list[object] = []
 
-    def __call__(self, model, prompts, budgets, seeds):  # noqa: ANN001, ANN204
+    def __call__(self, model, prompts, budgets, seeds):
         self.models.append(model)
         self.prompts += prompts
         self.budgets += budgets
@@ -263,7 +263,7 @@ def test_more_responses_a_prompt_and_fewer_generations() -> None:
 
 def test_identical_pairs_are_counted_and_dropped_on_request() -> None:
     class Copying(Recorder):
-        def __call__(self, model, prompts, budgets, seeds):  # noqa: ANN001, ANN204
+        def __call__(self, model, prompts, budgets, seeds):
             gold = {row.prompt[1]: row.chosen for row in sapo.rows}
             return [
                 gold[prompt[1]][len(prompt) - 2 :][:budget]

@@ -18,6 +18,7 @@ import model as lm
 import sample
 import train
 from model import Transformer, hash_seed
+from sapo import batch_indices
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,7 +141,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     assert all(torch.equal(one[key], other[key]) for key in other)
 
 
-def test_resuming_a_finished_run_says_so(sapo_run: Path, start: Path, rows: Path, capsys) -> None:  # noqa: ANN001
+def test_resuming_a_finished_run_says_so(sapo_run: Path, start: Path, rows: Path, capsys) -> None:
     before = (sapo_run / "metrics.jsonl").read_bytes()
     assert run("--model", start, "--data", rows, "--out", sapo_run, "--resume", *SMALL) == 0
     assert "finished" in capsys.readouterr().out
@@ -161,7 +162,7 @@ def test_resuming_with_other_flags_is_an_error_that_lists_them(
     start: Path,
     rows: Path,
     tmp_path: Path,
-    capsys,  # noqa: ANN001
+    capsys,
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
@@ -188,7 +189,7 @@ def test_more_ranks_give_the_run_of_one(
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[:6000]
     for mine, theirs in zip(metrics(out), metrics(sapo_run), strict=True):
         assert mine.keys() == theirs.keys()
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
@@ -227,7 +228,7 @@ def test_baselines_run_and_equal_a_plain_transformers_loop(
 
     optimizer = torch.optim.RMSprop(policy.parameters(), lr=1e-3)
     for t in range(6):
-        batch = [pairs[i] for i in train.batch_indices(t, 5, len(pairs), 42)]
+        batch = [pairs[i] for i in batch_indices(t, 5, len(pairs), 42)]
         tokens = sum(len(pair.chosen) for pair in batch)
         loss = torch.zeros(())
         for prompt, chosen, rejected in batch:
@@ -301,7 +302,7 @@ def test_explicit_flags_win_over_the_recipe_and_the_recipe_over_defaults() -> No
     assert train.parse_args(["--data", "x"]).max_prompt_length == 1792
 
 
-def test_help_names_every_flag_and_recipe(capsys) -> None:  # noqa: ANN001
+def test_help_names_every_flag_and_recipe(capsys) -> None:
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     shown = capsys.readouterr().out
@@ -313,7 +314,7 @@ def test_a_step_without_finite_gradients_is_skipped_and_five_end_the_run(
     start: Path,
     rows: Path,
     tmp_path: Path,
-    capsys,  # noqa: ANN001
+    capsys,
 ) -> None:
     flags = ["--model", start, "--data", rows, "--out", tmp_path / "run", *SMALL]
     assert run(*flags, "--lr", "1e3", "--schedule", "constant", "--steps", 40) == 2
@@ -365,7 +366,7 @@ def test_bad_flags_give_one_line_and_leave_nothing(
     start: Path,
     rows: Path,
     tmp_path: Path,
-    capsys,  # noqa: ANN001
+    capsys,
 ) -> None:
     out = tmp_path / "run"
     usual = {"--model": start, "--data": rows, "--out": out, "--max-length": 64}
@@ -416,7 +417,7 @@ def test_a_bad_checkpoint_gives_one_line_and_leaves_nothing(
     start: Path,
     rows: Path,
     tmp_path: Path,
-    capsys,  # noqa: ANN001
+    capsys,
 ) -> None:
     folder, out = tmp_path / "model", tmp_path / "run"
     folder.mkdir()
@@ -434,7 +435,7 @@ def test_a_bad_checkpoint_gives_one_line_and_leaves_nothing(
 def test_the_embedded_default_makes_start_control_result_and_table(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys,  # noqa: ANN001
+    capsys,
 ) -> None:
     monkeypatch.setitem(train.START, "steps", 3)
     out = tmp_path / "run"
@@ -460,7 +461,7 @@ def test_one_seed_gives_one_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert files[0] == files[1] != files[2]
 
 
-def test_sampling_answers_a_prompt_and_a_file(sapo_run: Path, tmp_path: Path, capsys) -> None:  # noqa: ANN001
+def test_sampling_answers_a_prompt_and_a_file(sapo_run: Path, tmp_path: Path, capsys) -> None:
     model = ["--model", str(sapo_run / "final"), "--max-new-tokens", "5"]
     assert sample.main([*model, "--prompt", "reverse abc"]) == 0
     first = capsys.readouterr().out
@@ -494,7 +495,7 @@ def test_bad_flags_of_sampling_give_one_line(
     flags: list[str],
     named: str,
     start: Path,
-    capsys,  # noqa: ANN001
+    capsys,
 ) -> None:
     assert sample.main([str(start) if flag == "START" else flag for flag in flags]) == 2
     shown = capsys.readouterr().err
