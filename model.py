@@ -587,6 +587,8 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 # ------------------------------------------------------------------------------ log-probabilities
 
+LOGITS = 2**24  # 64 MiB in float32: 340 rows at a vocabulary of 49,152
+
 
 def pair_logprobs(
     model: Transformer, pairs: Sequence[Any]
@@ -611,15 +613,21 @@ def pair_token_logprobs(model: Transformer, pairs: Sequence[Any]) -> list[Tensor
     return list(model(layout.tokens, layout).split(layout.lengths))
 
 
-def token_logprobs(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, chunk: int = 512) -> Tensor:
+def token_logprobs(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:
     """log softmax(x @ head^T)[target] in float32, (M,).
 
-    At most `chunk` rows of logits exist at a time; the backward pass computes them again.
+    At most `LOGITS` logits exist at a time. Where there are more, the backward pass computes each
+    chunk of rows again.
     """
-    again = partial(checkpoint, _logprobs, use_reentrant=False, preserve_rng_state=False)
-    compute = again if torch.is_grad_enabled() else _logprobs
-    chunks = zip(x_MD.split(chunk), targets_M.split(chunk), strict=True)
-    return torch.cat([compute(x, head_VD, targets) for x, targets in chunks])
+    chunk = max(1, LOGITS // len(head_VD))
+    parts = []
+    for x, target in zip(x_MD.split(chunk), targets_M.split(chunk), strict=True):
+        if torch.is_grad_enabled() and len(x_MD) > chunk:
+            kept = {"use_reentrant": False, "preserve_rng_state": False}
+            parts.append(checkpoint(_logprobs, x, head_VD, target, **kept))
+        else:
+            parts.append(_logprobs(x, head_VD, target))
+    return torch.cat(parts)
 
 
 def _logprobs(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:

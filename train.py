@@ -339,12 +339,11 @@ class Ranks:
         model.checkpointing = config.activation_checkpointing
         if self.world > 1:
             policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32)
-            # The root stays whole between forward and backward; a model that has no backward would
-            # be left so, and its next update lost.
-            kept = None if learns else True
             for block in model.model["layers"].children():
                 fully_shard(block, mesh=self.mesh, mp_policy=policy)
-            fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=kept)
+            # By default the root stays whole until a backward pass. After a forward pass without
+            # one (the EMA, the reference, an evaluation) the next update of it would be lost.
+            fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
         model.to_empty(device=self.device).requires_grad_(learns)
         lm.load_weights(dict(model.named_parameters()), folder, self.place)
         return model

@@ -186,7 +186,7 @@ def test_an_int_seed_gives_each_row_its_own_stream() -> None:
 
 
 FILTERS = [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 7, 1.0), (1.7, 0, 0.8), (0.8, 12, 0.7)]
-FILTERS += [(2.0, 96, 0.95), (1.0, 500, 1.0), (1.0, 1, 0.01), (1.0, 0, 1e-9)]
+FILTERS += [(2.0, 96, 0.95), (1.0, 3, 1.0), (1.0, 500, 1.0), (1.0, 1, 0.01), (1.0, 0, 1e-9)]
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", FILTERS)
