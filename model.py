@@ -620,13 +620,13 @@ def token_logprobs(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:
     chunk of rows again.
     """
     chunk = max(1, LOGITS // len(head_VD))
-    parts = []
-    for x, target in zip(x_MD.split(chunk), targets_M.split(chunk), strict=True):
-        if torch.is_grad_enabled() and len(x_MD) > chunk:
-            kept = {"use_reentrant": False, "preserve_rng_state": False}
-            parts.append(checkpoint(_logprobs, x, head_VD, target, **kept))
-        else:
-            parts.append(_logprobs(x, head_VD, target))
+    again = torch.is_grad_enabled() and len(x_MD) > chunk
+    parts = [
+        checkpoint(_logprobs, x, head_VD, target, use_reentrant=False, preserve_rng_state=False)
+        if again
+        else _logprobs(x, head_VD, target)
+        for x, target in zip(x_MD.split(chunk), targets_M.split(chunk), strict=True)
+    ]
     return torch.cat(parts)
 
 

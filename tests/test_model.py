@@ -388,14 +388,18 @@ def test_the_head_runs_at_response_positions_alone_a_chunk_at_a_time(
         return linear(x, weight, bias)
 
     monkeypatch.setattr(F, "linear", spy)
+    monkeypatch.setattr(lm, "LOGITS", 97 * 128)
     long = [([1] * 50, [2] * 300, [3] * 300), ([1] * 400, [2] * 9, [2] * 9)]
     with torch.no_grad():
         pair_logprobs(ours, long)
-    assert max(heads) <= 512 and sum(heads) == 300 + 300 + 9
+    assert max(heads) <= 128 and sum(heads) == 300 + 300 + 9
 
 
-def test_no_logits_wait_for_the_backward_pass() -> None:
+def test_where_logits_are_many_none_wait_for_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ours, kept = ours_from(tiny("llama")), []
+    monkeypatch.setattr(lm, "LOGITS", 97 * 128)
 
     def spy(saved: torch.Tensor) -> torch.Tensor:
         kept.append(saved.shape)
