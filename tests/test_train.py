@@ -108,6 +108,7 @@ def test_the_result_loads_in_transformers_with_our_logits_and_ids(sapo_run: Path
     tokens = torch.tensor([ids])
     logits = Transformer.from_pretrained(sapo_run / "final")(tokens)
     assert torch.allclose(theirs(tokens).logits, logits, atol=1e-5)
+    assert theirs.generation_config.eos_token_id == [256]
     saved = load_file(sapo_run / "final" / "model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
 
@@ -296,6 +297,10 @@ def test_schedules_by_hand(schedule: str, expected: list[float]) -> None:
 def test_explicit_flags_win_over_the_recipe_and_the_recipe_over_defaults() -> None:
     config = train.parse_args(["--recipe", "sapo-orpo-mistral-7b", "--data", "x", "--lr", "1e-6"])
     assert (config.loss, config.optimizer, config.lr) == ("orpo", "adamw", 1e-6)
+    sft = train.parse_args(["--recipe", "sapo-orpo-mistral-7b", "--data", "x", "--method", "sft"])
+    assert (sft.loss, sft.optimizer) == (None, "adamw")
+    same = train.parse_args(["--recipe", "sapo-orpo-mistral-7b", "--data", "x", "--method", "sapo"])
+    assert same.loss == "orpo"
     assert train.parse_args(["--data", "x"]).lr == 5e-7
     assert train.parse_args([]).recipe == "tasks"
     assert train.parse_args(["--epochs", "2"]).steps is None
