@@ -102,6 +102,8 @@ def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
     try:
         text = tokenizer.render(example.messages, add_generation_prompt=True)
         prompt = tokenizer.encode(text)
+        if not prompt:
+            raise InputError("the chat template makes an empty prompt; choose another")
         chosen = _response_ids(tokenizer, example.messages, text, prompt, example.response)
         if example.rejected is None:
             return Pair(prompt, chosen, [])
@@ -230,7 +232,7 @@ def _example(row: Any, where: str, rejected: bool | None) -> Example:
         raise InputError(f"{where}: no {', '.join(map(repr, RESPONSE_KEYS))} in the row")
     prompt = _turns(row["prompt"], "prompt", "user", where) if row.get("prompt") else []
     messages, response = _side(row, key, prompt, where)
-    other = next((k for k in REJECTED_KEYS if k in row), None)
+    other = next((k for k in REJECTED_KEYS if row.get(k) is not None), None)
     if rejected is False or (rejected is None and other is None):
         return Example(tuple(messages), response, None, where)
     if other is None:

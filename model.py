@@ -744,7 +744,8 @@ def sample_tokens(
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits, ids = logits_BV.float() / temperature, None
+    logits = logits_BV.float().nan_to_num()  # an exploded model still gives some token
+    logits, ids = (logits - logits.amax(-1, keepdim=True)) / temperature, None
     if 0 < top_k < logits.shape[1]:
         least = logits.topk(top_k).values[:, -1:]
         candidates = logits.topk(int((logits >= least).sum(-1).max()))
@@ -777,7 +778,10 @@ def load_weights(
     files = find_weights(parameters, path)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            place(parameter, _read(files[name], name))
+            value = _read(files[name], name)
+            if not value.isfinite().all():
+                raise InputError(f"{files[name]}: {name} holds values that are not finite")
+            place(parameter, value)
 
 
 def find_weights(parameters: Mapping[str, Tensor], path: str | Path) -> dict[str, Path]:

@@ -9,6 +9,7 @@
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import sys
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         answer(parse_args(argv))
         return 0
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -70,7 +71,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         raise InputError("give --prompt TEXT or --prompts FILE, one of the two")
     if flags.prompt is not None and not flags.prompt.strip():
         raise InputError("--prompt is empty")
-    if flags.out and not flags.prompts:
+    if flags.out is not None and flags.prompts is None:
         raise InputError("--out goes with --prompts")
     for name, low, high in (
         ("max_new_tokens", 1, 10**6), ("temperature", 0, 1e6), ("top_k", 0, 10**9),
@@ -83,33 +84,44 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def answer(flags: argparse.Namespace) -> None:
     """Reads the prompts, samples, prints or writes."""
     tokenizer = data.load_tokenizer(flags.model, flags.chat_template)
-    if flags.prompts:
+    conversations: list[list[dict[str, str]]] = [[{"role": "user", "content": flags.prompt}]]
+    if flags.prompts is not None:
         conversations = data.load_prompts(flags.prompts)
-    else:
-        conversations = [[{"role": "user", "content": flags.prompt}]]
-    if flags.out and not Path(flags.out).absolute().parent.is_dir():
-        raise InputError(f"--out {flags.out}: there is no such folder")
+    prompts = [tokenizer.apply_chat_template(turns, True) for turns in conversations]
+    if not all(prompts):
+        raise InputError(f"{flags.model}: the chat template makes an empty prompt")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
-    model = Transformer.from_pretrained(flags.model, dtype, device)
-    prompts = [tokenizer.apply_chat_template(turns, True) for turns in conversations]
-    new = generate(
-        model, prompts, flags.max_new_tokens, temperature=flags.temperature, top_k=flags.top_k,
-        top_p=flags.top_p, eos_ids=tokenizer.eos_ids, seed=flags.seed, batch_size=flags.batch_size,
-    )  # fmt: skip
-    texts = [tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.eos_ids else ids) for ids in new]
-    if not flags.prompts:
-        print(texts[0])
-        return
-    rows = [
-        {"prompt": turns[0]["content"] if len(turns) == 1 else turns, "response": text}
-        for turns, text in zip(conversations, texts, strict=True)
-    ]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if flags.out:
-        Path(flags.out).write_text(lines, encoding="utf-8")
-    else:
-        print(lines, end="")
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout
+        if flags.out is not None:  # opened first, for sampling takes long; renamed when whole
+            partial = Path(flags.out).with_name(f".{Path(flags.out).name}.partial")
+            if Path(flags.out).is_dir():
+                raise InputError(f"--out {flags.out} is a folder; it should be a file")
+            file = stack.enter_context(partial.open("w", encoding="utf-8", errors="replace"))
+        model = Transformer.from_pretrained(flags.model, dtype, device)
+        check_vocabulary(tokenizer, model, flags.model)
+        new = generate(
+            model, prompts, flags.max_new_tokens, temperature=flags.temperature, seed=flags.seed,
+            top_k=flags.top_k, top_p=flags.top_p, eos_ids=tokenizer.eos_ids,
+            batch_size=flags.batch_size,
+        )  # fmt: skip
+        for turns, ids in zip(conversations, new, strict=True):
+            text = tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.eos_ids else ids)
+            prompt = turns[0]["content"] if len(turns) == 1 else turns
+            line = json.dumps({"prompt": prompt, "response": text}, ensure_ascii=False)
+            print(line if flags.prompts is not None else text, file=file)
+    if flags.out is not None:
+        partial.rename(flags.out)
+
+
+def check_vocabulary(tokenizer: data.Tokenizer, model: Transformer, where: str | Path) -> None:
+    """Raises InputError where the tokenizer has ids that the model does not know."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
+            f"and vocab_size in config.json is {model.config.vocab_size}"
+        )
 
 
 def task_accuracy(

@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -45,7 +46,14 @@ import data
 import model as lm
 from data import Pair
 from model import InputError, Transformer
-from sample import Parser, check_range, plot_curves, print_accuracies, task_accuracy
+from sample import (
+    Parser,
+    check_range,
+    check_vocabulary,
+    plot_curves,
+    print_accuracies,
+    task_accuracy,
+)
 from sapo import (
     SAPO,
     ReplayBuffer,
@@ -289,8 +297,16 @@ def check(config: Config) -> Config:
         raise InputError(f"--method orpo with --loss {config.loss}: that is --method dpo")
     if config.method != "sft" and config.loss is None:
         config.loss = "orpo" if config.method == "orpo" else "dpo"
-    if config.method == "sapo" and config.replay_capacity == 0 and config.sample_every > 1:
-        raise InputError("--sample-every above 1 needs a replay buffer: --replay-capacity is 0")
+    more = max(config.sample_every, config.responses_per_prompt) > 1
+    if config.method == "sapo" and config.replay_capacity == 0 and more:
+        names = "--sample-every and --responses-per-prompt"
+        raise InputError(f"{names} above 1 need a replay buffer, and --replay-capacity is 0")
+    if config.nll_weight and config.loss in (None, "orpo"):
+        raise InputError("--nll-weight adds to a loss without an NLL term; SFT and ORPO have one")
+    if config.label_smoothing and config.loss != "dpo":
+        raise InputError(f"--label-smoothing is for --loss dpo, not {config.loss or 'SFT'}")
+    if config.chat_template and config.model is None:
+        raise InputError("--chat-template is for --model: the built-in start has its own")
     return config
 
 
@@ -700,17 +716,23 @@ class Trainer:
         folders = [] if self.job.checkpoints is None else self.job.checkpoints.glob("step-*")
         found = {int(f.name[5:]): f for f in folders if f.name[5:].isdecimal()}
         step = max(found, default=0)
+        if step > self.steps:
+            raise InputError(f"--steps {self.steps}, but {found[step]} is beyond that already")
         if step:
             for name, model in self.models.items():
                 parameters = dict(model.named_parameters())
                 lm.load_weights(parameters, found[step] / name, self.ranks.place)
             self.restore_optimizer(found[step] / "optimizer")
-            self.source.load_state_dict(load_file(found[step] / "source.safetensors"))
+            with lm.open_safetensors(found[step] / "source.safetensors") as file:
+                self.source.load_state_dict(
+                    {key: file.get_tensor(key) for key in sorted(file.keys())}
+                )
         if self.ranks.first:
             kept = []
             if self.job.metrics.exists():
                 lines = self.job.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+                kept = [x for x in lines if re.match(r'{"step": (\d+),.*}\n', x)]
+                kept = [x for x in kept if int(x[9 : x.index(",")]) <= step]
             self.job.metrics.write_text("".join(kept), encoding="utf-8")
             print(f"resuming after step {step}" if step else "no checkpoint yet: starting afresh")
         return step
@@ -736,9 +758,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         run(parse_args(argv), Ranks())
         return 0
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(10)  # rank 0 most likely says the same, and torchrun then ends this one
+        print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
@@ -754,11 +777,8 @@ def run(config: Config, ranks: Ranks) -> None:
         return
     start = Path(config.model) if config.model else out / "start"
     tokenizer = load_tokenizer(config)
-    if config.model and (size := outline(start).config.vocab_size) < tokenizer.vocab_size:
-        raise InputError(
-            f"{start}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
-            f"and vocab_size in config.json is {size}"
-        )
+    if config.model:
+        check_vocabulary(tokenizer, outline(start), start)
     rows, eval_rows = read_rows(config, tokenizer, ranks)
     claim(out, config, ranks)
     if config.model is None and not start.exists():
@@ -808,43 +828,48 @@ def read_rows(
     """
     paired = config.method in ("dpo", "orpo")
 
-    def read(paths: list[str], rejected: bool | None) -> list[Pair]:
-        examples = data.load_examples(paths, rejected)
+    def encode(examples: list[data.Example]) -> list[Pair]:
         limits = (config.max_length, config.max_prompt_length or 0)
         rows, counts = data.encode_examples(examples, tokenizer, *limits)
         if ranks.first:
             print(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
         return rows
 
-    held_out = read(config.eval_data, paired or None) if config.eval_data else []
-    if config.data is not None:
-        return read(config.data, paired), held_out
-    examples = data.task_examples("clean", 128, config.seed)
-    rows, _ = data.encode_examples(examples, tokenizer, config.max_length, config.max_length)
-    return rows, held_out
+    held_out: list[Pair] = []
+    if config.eval_data:
+        held_out = encode(data.load_examples(config.eval_data, paired or None))
+    if config.data is None:
+        return encode(data.task_examples("clean", 128, config.seed)), held_out
+    return encode(data.load_examples(config.data, paired)), held_out
 
 
 def claim(out: Path, config: Config, ranks: Ranks) -> None:
     """Takes --out for this run, or on resume checks that the run in it was started alike."""
-    args = out / "args.json"
-    if config.resume and args.exists():
+    args, made = out / "args.json", ("start", "control", "metrics.jsonl", "final", "checkpoints")
+    taken = [name for name in made if (out / name).exists()]
+    if taken and not config.resume:
+        raise InputError(f"--out {out} holds {taken[0]} of another run: --resume or another folder")
+    if taken and not args.is_file():
+        raise InputError(f"--resume: {out} has no args.json to tell which run it is; take another")
+    if config.resume and args.is_file():
         saved, now = lm.read_json(args), dataclasses.asdict(config)
         differing = [k for k in now if k not in MAY_CHANGE and now[k] != saved.get(k)]
         if differing:
             told = ", ".join(f"--{k.replace('_', '-')} was {saved.get(k)}" for k in differing)
             raise InputError(f"--resume with other flags than {out} was started with: {told}")
-        if ranks.first and saved["steps"] != config.steps:
-            print(f"warning: --steps was {saved['steps']}: the schedule bends", file=sys.stderr)
-    elif any((out / name).exists() for name in ("metrics.jsonl", "final", "checkpoints")):
-        raise InputError(f"--out {out} holds another run: give --resume, or another folder")
-    ranks.barrier()
+        for name in ("steps", "epochs"):
+            if ranks.first and saved.get(name) != now[name]:
+                told = f"--{name} was {saved.get(name)} and is {now[name]}"
+                print(f"warning: {told}: the schedule bends", file=sys.stderr)
+    problem = ""
     if ranks.first:
         try:
             out.mkdir(parents=True, exist_ok=True)
             args.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         except OSError as error:
-            raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
-    ranks.barrier()
+            problem = error.strerror or "not writable"
+    if ranks.sum(torch.tensor(float(bool(problem)), device=ranks.device)):
+        raise InputError(f"--out {out} cannot be written: {problem}")
 
 
 def pretrain(config: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import model as lm
@@ -171,6 +172,38 @@ def test_resuming_with_other_flags_is_an_error_that_lists_them(
     flags = ("--model", start, "--data", rows, "--out", out, "--resume", *SMALL)
     assert run(*flags, "--beta", 0.2, "--save-every", 3) == 2
     assert "--beta" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["start", "control", "final", "metrics.jsonl", "checkpoints"])
+def test_what_another_run_left_is_not_taken_for_ones_own(
+    name: str, start: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).mkdir()
+    flags = ["--model", start, "--data", rows, "--out", tmp_path, *SMALL]
+    for resume in ([], ["--resume"])[: 1 if name == "final" else 2]:
+        assert run(*flags, *resume) == 2
+        assert capsys.readouterr().err.startswith("error: --")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("harm", ["source", "optimizer", "steps"])
+def test_a_harmed_checkpoint_gives_one_line(
+    harm: str, sapo_run: Path, start: Path, rows: Path, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(sapo_run, out)
+    shutil.rmtree(out / "final")
+    newest = out / "checkpoints" / "step-6"
+    if harm == "source":
+        (newest / "source.safetensors").write_bytes(b"\0" * 30)
+    if harm == "optimizer":
+        shutil.rmtree(newest / "optimizer")
+    flags = ["--model", start, "--data", rows, "--out", out, "--resume", "--save-every", 3]
+    flags += ["--eval-data", rows, "--eval-every", 3, *SMALL]
+    assert run(*flags, *(["--steps", 4] if harm == "steps" else [])) == 2
+    shown = capsys.readouterr().err
+    assert str(newest) in shown.split("error: ")[1]
+    assert shown.split("error: ")[1].count("\n") == 1
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -361,6 +394,12 @@ BAD_FLAGS: list[tuple[list[str], str]] = [
     (["--model", "missing"], "missing"),
     (["--out", "/proc/nowhere"], "--out"),
     (["--data"], "--data"),
+    (["--nll-weight", "1", "--loss", "orpo"], "--nll-weight"),
+    (["--nll-weight", "1", "--method", "sft"], "--nll-weight"),
+    (["--label-smoothing", "0.1", "--loss", "ipo"], "--label-smoothing"),
+    (["--responses-per-prompt", "2", "--replay-capacity", "0"], "--responses-per-prompt"),
+    (["--out", "x" * 300], "x"),
+    (["--model", "x" * 300], "x"),
 ]
 
 
@@ -402,6 +441,10 @@ def spoil(name: str, folder: Path) -> None:
         weights.write_bytes(weights.read_bytes()[:5000])
     if name == "garbage":
         weights.write_bytes(b"\xff" * 4000)
+    if name == "not finite":
+        tensors = load_file(weights)
+        tensors["model.norm.weight"][3] = math.nan
+        save_file(tensors, weights)
     if name == "no weights":
         weights.unlink()
     if name == "no tokenizer":
@@ -413,7 +456,7 @@ def spoil(name: str, folder: Path) -> None:
 
 
 KINDS = "no config,config is no JSON,family,vocabulary,huge,truncated,garbage,no weights,"
-KINDS += "no tokenizer,no template"
+KINDS += "no tokenizer,no template,not finite"
 
 
 @pytest.mark.parametrize("name", KINDS.split(","))
@@ -434,7 +477,8 @@ def test_a_bad_checkpoint_gives_one_line_and_leaves_nothing(
     assert shown.startswith("error: ")
     assert shown.count("\n") == 1
     assert str(folder) in shown or name == "no template"
-    assert not out.exists()
+    assert not (out / "metrics.jsonl").exists()
+    assert name == "not finite" or not out.exists()
 
 
 def test_the_embedded_default_makes_start_control_result_and_table(
@@ -494,15 +538,16 @@ def test_sampling_answers_a_prompt_and_a_file(sapo_run: Path, tmp_path: Path, ca
         (["--model", "START", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["--model", "START", "--prompt", "a", "--out", "x"], "--out"),
         (["--model", "START", "--prompt", ""], "empty"),
+        (["--model", "START", "--prompts", ""], "data file"),
+        (["--model", "START", "--prompts", "ROWS", "--out", "/proc/x"], "/proc"),
+        (["--model", "START", "--prompts", "ROWS", "--out", "/tmp"], "folder"),
     ],
 )
 def test_bad_flags_of_sampling_give_one_line(
-    flags: list[str],
-    named: str,
-    start: Path,
-    capsys,
+    flags: list[str], named: str, start: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sample.main([str(start) if flag == "START" else flag for flag in flags]) == 2
+    known = {"START": str(start), "ROWS": str(rows)}
+    assert sample.main([known.get(flag, flag) for flag in flags]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert shown.count("\n") == 1
