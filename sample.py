@@ -9,13 +9,18 @@
 """
 
 import argparse
+import ast
 import contextlib
 import importlib.util
+import inspect
+import itertools
 import json
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,26 +52,72 @@ class Parser(argparse.ArgumentParser):
         """Raises InputError."""
         raise InputError(message)
 
+    def add_fields(self, kind: type) -> None:
+        """A flag for each field of a dataclass. Those not given are left out of the namespace."""
+        for name, hint, text in help_strings(kind):
+            inner = next(a for a in (*typing.get_args(hint), hint) if a is not type(None))
+            inner = hint if typing.get_origin(hint) in (list, Literal) else inner
+            options: dict[str, Any] = {"default": argparse.SUPPRESS}
+            default = getattr(kind, name)
+            options["help"] = text if default is None else f"{text} [{default}]"
+            if inner is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif typing.get_origin(inner) is Literal:
+                options["choices"] = typing.get_args(inner)
+            elif typing.get_origin(inner) is list:
+                options |= {"nargs": "+", "metavar": "FILE"}
+            else:
+                options |= {"type": inner, "metavar": inner.__name__.upper()}
+            self.add_argument("--" + name.replace("_", "-"), **options)
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+
+def help_strings(kind: type) -> Iterator[tuple[str, Any, str]]:
+    """Name, type and help of each field of a dataclass: the help is the string under the field."""
+    body: list[Any] = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
+    hints = typing.get_type_hints(kind)
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign):
+            name = field.target.id  # type: ignore[union-attr]
+            yield name, hints[name], text.value.value
+
+
+@dataclass
+class Flags:
+    """Every flag of this command, with its default. The string under a field is its help."""
+
+    model: str | None = None
+    "a Hugging Face folder"
+    prompt: str | None = None
+    "what the user says"
+    prompts: str | None = None
+    "a JSON or JSONL file of prompts"
+    out: str | None = None
+    "a file for the answers to --prompts; default: the screen"
+    chat_template: Literal["chatml", "zephyr", "llama3"] | None = None
+    "a chat template by name, for a model that has none of its own"
+    max_new_tokens: int = 512
+    "tokens of an answer, at most"
+    temperature: float = 0.7
+    "0 is greedy"
+    top_k: int = 50
+    "sample among so many tokens; 0: all"
+    top_p: float = 0.95
+    "sample among the likeliest tokens of this total probability"
+    seed: int = 0
+    "everything drawn at random follows from it"
+    batch_size: int = 16
+    "rows decoded together"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    "of weights and computation"
+
+
+def parse_args(argv: Sequence[str]) -> Flags:
     """The flags of this command. Raises InputError for values that make no sense."""
-    parser = Parser(
-        prog="sample.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="a Hugging Face folder")
-    add("--prompt", metavar="TEXT", help="what the user says")
-    add("--prompts", metavar="FILE", help="JSON or JSONL rows of prompts")
-    add("--out", metavar="FILE", help="where the answers to --prompts go; default: the screen")
-    add("--chat-template", choices=("chatml", "zephyr", "llama3"), help="for a model without one")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="[512]")
-    add("--temperature", type=float, default=0.7, metavar="X", help="0 is greedy [0.7]")
-    add("--top-k", type=int, default=50, metavar="N", help="0: all tokens [50]")
-    add("--top-p", type=float, default=0.95, metavar="X", help="[0.95]")
-    add("--seed", type=int, default=0, metavar="N", help="[0]")
-    add("--batch-size", type=int, default=16, metavar="N", help="rows decoded together [16]")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="[fp32]")
-    flags = parser.parse_args(argv)
+    parser = Parser("sample.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_fields(Flags)
+    flags = Flags(**vars(parser.parse_args(argv)))
+    if flags.model is None:
+        raise InputError("--model DIR is missing: whose answers?")
     if (flags.prompt is None) == (flags.prompts is None):
         raise InputError("give --prompt TEXT or --prompts FILE, one of the two")
     if flags.prompt is not None and not flags.prompt.strip():
@@ -81,15 +132,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
-def answer(flags: argparse.Namespace) -> None:
+def answer(flags: Flags) -> None:
     """Reads the prompts, samples, prints or writes."""
-    tokenizer = data.load_tokenizer(flags.model, flags.chat_template)
-    conversations: list[list[dict[str, str]]] = [[{"role": "user", "content": flags.prompt}]]
+    folder = flags.model or ""
+    tokenizer = data.load_tokenizer(folder, flags.chat_template)
+    conversations = [[{"role": "user", "content": flags.prompt or ""}]]
     if flags.prompts is not None:
         conversations = data.load_prompts(flags.prompts)
     prompts = [tokenizer.apply_chat_template(turns, True) for turns in conversations]
     if not all(prompts):
-        raise InputError(f"{flags.model}: the chat template makes an empty prompt")
+        raise InputError(f"{folder}: the chat template makes an empty prompt")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
     with contextlib.ExitStack() as stack:
@@ -99,8 +151,8 @@ def answer(flags: argparse.Namespace) -> None:
             if Path(flags.out).is_dir():
                 raise InputError(f"--out {flags.out} is a folder; it should be a file")
             file = stack.enter_context(partial.open("w", encoding="utf-8", errors="replace"))
-        model = Transformer.from_pretrained(flags.model, dtype, device)
-        check_vocabulary(tokenizer, model, flags.model)
+        model = Transformer.from_pretrained(folder, dtype, device)
+        check_vocabulary(tokenizer, model, folder)
         new = generate(
             model, prompts, flags.max_new_tokens, temperature=flags.temperature, seed=flags.seed,
             top_k=flags.top_k, top_p=flags.top_p, eos_ids=tokenizer.eos_ids,

@@ -16,11 +16,8 @@ Shapes: N pairs. Log-probs are sums over response tokens, in nats, unless a name
 """
 
 import argparse
-import ast
 import contextlib
 import dataclasses
-import inspect
-import itertools
 import json
 import math
 import os
@@ -29,7 +26,6 @@ import shutil
 import sys
 import tempfile
 import time
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,20 +233,7 @@ def parse_args(argv: Sequence[str]) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for name, hint, text in help_strings():
-        kind = next(a for a in (*typing.get_args(hint), hint) if a is not type(None))
-        kind = hint if typing.get_origin(hint) in (list, Literal) else kind
-        options: dict[str, Any] = {"default": argparse.SUPPRESS}
-        options["help"] = f"{text} [{getattr(Config, name)}]".replace("%", "%%")
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is Literal:
-            options["choices"] = typing.get_args(kind)
-        elif typing.get_origin(kind) is list:
-            options |= {"nargs": "+", "metavar": "FILE"}
-        else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument("--" + name.replace("_", "-"), **options)
+    parser.add_fields(Config)
     given = vars(parser.parse_args(argv))
     if "steps" in given and "epochs" in given:
         raise InputError("--steps and --epochs both say how long to train: give one of them")
@@ -264,16 +247,6 @@ def parse_args(argv: Sequence[str]) -> Config:
     if "loss" not in given and values.get("method") != named.get("method"):
         values["loss"] = None  # the recipe's is for the recipe's method
     return check(Config(**values))
-
-
-def help_strings() -> Iterator[tuple[str, Any, str]]:
-    """Name, type and help of each flag: the help is the string under the field."""
-    body: list[Any] = ast.parse(inspect.getsource(Config)).body[0].body  # type: ignore[attr-defined]
-    hints = typing.get_type_hints(Config)
-    for field, text in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign):
-            name = field.target.id  # type: ignore[union-attr]
-            yield name, hints[name], text.value.value
 
 
 def check(config: Config) -> Config:
@@ -724,9 +697,7 @@ class Trainer:
                 lm.load_weights(parameters, found[step] / name, self.ranks.place)
             self.restore_optimizer(found[step] / "optimizer")
             with lm.open_safetensors(found[step] / "source.safetensors") as file:
-                self.source.load_state_dict(
-                    {key: file.get_tensor(key) for key in sorted(file.keys())}
-                )
+                self.source.load_state_dict({k: file.get_tensor(k) for k in sorted(file.keys())})
         if self.ranks.first:
             kept = []
             if self.job.metrics.exists():

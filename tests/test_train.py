@@ -344,7 +344,9 @@ def test_help_names_every_flag_and_recipe(capsys) -> None:
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     shown = capsys.readouterr().out
-    assert all(f"--{name.replace('_', '-')}" in shown for name, _, _ in train.help_strings())
+    assert all(
+        f"--{name.replace('_', '-')}" in shown for name, _, _ in sample.help_strings(train.Config)
+    )
     assert all(name in shown for name in train.RECIPES)
 
 
