@@ -5,11 +5,11 @@
         --model DIR --data FILE.jsonl --out OUT
     python train.py ... --out OUT --resume                   # goes on from the newest checkpoint
 
-Every preference method is a source of pairs with a loss on top (DESIGN in one line):
+Every preference method is a source of pairs with a loss on top:
 
     source.before_step(t) -> pairs (prompt, chosen, rejected)  ->  loss  ->  policy t + 1
 
-The sources are in sapo.py. Here are, in this order: the flags, the losses, the ranks (the only
+The sources and the losses are in sapo.py. Here are, in this order: the flags, the ranks (the only
 place that knows of more than one process), the trainer with its one loop, and the whole run.
 
 Shapes: N pairs. Log-probs are sums over response tokens, in nats, unless a name says mean.
@@ -40,27 +40,11 @@ from torch.distributed.tensor import DTensor
 
 import data
 import model as lm
+import sample
+import sapo
 from data import Pair
 from model import InputError, Transformer
-from sample import (
-    Parser,
-    check_range,
-    check_vocabulary,
-    plot_curves,
-    print_accuracies,
-    task_accuracy,
-)
-from sapo import (
-    SAPO,
-    ReplayBuffer,
-    SegmentPair,
-    Source,
-    Static,
-    dpo_loss,
-    orpo_loss,
-    paint,
-    pair_loss,
-)
+from sapo import dpo_loss, orpo_loss
 
 __all__ = ["Config", "Trainer", "dpo_loss", "main", "orpo_loss"]  # the losses are sapo.py's
 
@@ -226,7 +210,7 @@ def parse_args(argv: Sequence[str]) -> Config:
         f"  {name}\n    " + " ".join(f"{key}={value}" for key, value in values.items())
         for name, values in RECIPES.items()
     ]
-    parser = Parser(
+    parser = sample.Parser(
         prog="train.py",
         description=(__doc__ or "").split("\n")[0],
         epilog="recipes (`tasks` is in force where no --data is given):\n" + "\n".join(listing),
@@ -253,7 +237,7 @@ def check(config: Config) -> Config:
     """Raises InputError for values that make no sense, alone or together."""
     for name, (low, high) in RANGES.items():
         if (value := getattr(config, name)) is not None:
-            check_range(name, value, low, high)
+            sample.check_range(name, value, low, high)
     length = config.segment_length
     if length != "full" and not (length.isdecimal() and 0 < int(length) < 10**9):
         raise InputError(f"--segment-length is {length!r}, not a number of tokens or 'full'")
@@ -439,21 +423,21 @@ class Trainer:
         settings["betas"] = (0.9, c.adam_beta2)
         return torch.optim.AdamW(parameters, **settings)
 
-    def make_source(self, ref_update_every: int) -> Source:
+    def make_source(self, ref_update_every: int) -> sapo.Source:
         """The source of pairs that --method names. A new method is a branch here."""
         c, rows = self.config, self.job.rows
         if c.method in ("sft", "dpo", "orpo"):
             if c.method == "sft":
                 rows = [Pair(row.prompt, row.chosen, []) for row in rows]
-            return Static(rows, batch_size=c.batch_size, seed=c.seed)
+            return sapo.Static(rows, batch_size=c.batch_size, seed=c.seed)
         names = "batch_size seed max_length segment_rule ema_decay ema_every ref_update"
         names += " responses_per_prompt sample_every drop_identical"
         settings: dict[str, Any] = {name: getattr(c, name) for name in names.split()}
         settings["segment_length"] = int(c.segment_length.replace("full", str(c.max_length)))
         settings |= {"ref_update_every": ref_update_every, "eos_ids": self.job.tokenizer.eos_ids}
-        buffer = ReplayBuffer(c.replay_capacity, c.seed) if c.replay_capacity else None
+        buffer = sapo.ReplayBuffer(c.replay_capacity, c.seed) if c.replay_capacity else None
         models = (self.policy, self.models["ema"], self.models.get("reference"))
-        return SAPO(rows, *models, self.generate, buffer, **settings)
+        return sapo.SAPO(rows, *models, self.generate, buffer, **settings)
 
     def train(self) -> None:
         """The loop. t counts optimizer updates done."""
@@ -482,8 +466,8 @@ class Trainer:
             with self.phase("optimizer"):
                 row["grad_norm"] = self.update(row["lr"])
         if self.config.show_every and t % self.config.show_every == 0 and self.ranks.first:
-            shown = [pair for pair in pairs if isinstance(pair, SegmentPair)]
-            print(*(paint(pair, self.job.tokenizer.decode) for pair in shown[:1]), sep="\n")
+            shown = [pair for pair in pairs if isinstance(pair, sapo.SegmentPair)]
+            print(*(sapo.paint(pair, self.job.tokenizer.decode) for pair in shown[:1]), sep="\n")
         tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
         row["tokens_per_second"] = tokens / (time.perf_counter() - began)
         return row | self.source.metrics | {f"seconds/{k}": v for k, v in self.seconds.items()}
@@ -531,7 +515,7 @@ class Trainer:
                     reference = lm.pair_logprobs(self.models["reference"], batch)
             with self.phase("policy"), torch.set_grad_enabled(learn):
                 policy = lm.pair_logprobs(self.policy, batch)
-                losses, *rewards = pair_loss(c.loss, policy, reference, *constants)
+                losses, *rewards = sapo.pair_loss(c.loss, policy, reference, *constants)
                 loss = (losses * weights).sum() / count
                 loss = loss - self.nll_weight * (policy[0] * weights).sum() / tokens
                 if learn:  # FSDP averages gradients over ranks; the sum is wanted
@@ -749,14 +733,14 @@ def run(config: Config, ranks: Ranks) -> None:
     start = Path(config.model) if config.model else out / "start"
     tokenizer = load_tokenizer(config)
     if config.model:
-        check_vocabulary(tokenizer, outline(start), start)
+        sample.check_vocabulary(tokenizer, outline(start), start)
     rows, eval_rows = read_rows(config, tokenizer, ranks)
     claim(out, config, ranks)
     if config.model is None and not start.exists():
         pretrain(config, start, tokenizer, ranks)
 
     def test(model: Transformer) -> dict[str, float]:
-        shares = task_accuracy(model, tokenizer, config.seed, 0.0, "validation")
+        shares = sample.task_accuracy(model, tokenizer, config.seed, 0.0, "validation")
         return {f"eval/accuracy/{kind}": share for kind, share in shares.items()}
 
     job = Job(start, rows, eval_rows, tokenizer, out / "metrics.jsonl", out / "final")
@@ -774,9 +758,9 @@ def run(config: Config, ranks: Ranks) -> None:
     if on_tasks and ranks.first:
         models = {"start": start, "sft control": out / "control", config.method: out / "final"}
         models = {k: v for k, v in models.items() if with_control or k != "sft control"}
-        print_accuracies(models, tokenizer, config.seed)
+        sample.print_accuracies(models, tokenizer, config.seed)
     if ranks.first:
-        plot_curves(out)
+        sample.plot_curves(out)
         print(f"the trained model is in {out / 'final'}")
 
 
