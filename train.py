@@ -522,7 +522,7 @@ class Trainer:
                     (loss * self.ranks.world).backward()
             columns = torch.stack((losses.detach(), policy[0], policy[1], *rewards), dim=1).detach()
             stats[indices] += columns.double() * weights[:, None]
-        return self.ranks.sum(stats)
+        return self.ranks.sum(stats).cpu()  # once: each number read from a device waits for it
 
     def summary(self, pairs: Sequence[Pair], stats: Tensor, prefix: str) -> dict[str, float]:
         """Means over the pairs; accuracies leave out pairs whose two sides are equal."""
@@ -532,7 +532,7 @@ class Trainer:
         row = {prefix + "nll": -float(chosen.sum()) / tokens}
         row[prefix + "loss"] = float(losses.mean()) + self.nll_weight * row[prefix + "nll"]
         row[prefix + "logps/chosen"] = float(chosen.mean())
-        told = torch.tensor([p.rejected != p.chosen for p in pairs], device=stats.device)
+        told = torch.tensor([p.rejected != p.chosen for p in pairs])
         if c.method != "sft" and all(pair.rejected for pair in pairs):
             row[prefix + "logps/rejected"] = float(rejected.mean())
             row[prefix + "rewards/chosen"] = float(good.mean())
@@ -632,14 +632,14 @@ class Trainer:
     def save_final(self) -> None:
         """OUT/final: the policy, in the type that --save-dtype says."""
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.save_dtype]
-        self.whole(self.job.final, lambda folder: self.save_model(self.policy, folder, dtype))
+        self.publish(self.job.final, lambda folder: self.save_model(self.policy, folder, dtype))
 
     def save(self, step: int) -> None:
         """checkpoints/step-N: models, optimizer and source after N updates."""
         if self.job.checkpoints is not None:
-            self.whole(self.job.checkpoints / f"step-{step}", self.write_checkpoint)
+            self.publish(self.job.checkpoints / f"step-{step}", self.write_checkpoint)
 
-    def whole(self, folder: Path, write: Callable[[Path], None]) -> None:
+    def publish(self, folder: Path, write: Callable[[Path], None]) -> None:
         """Writes a folder that appears whole or not at all: beside its place, then renamed."""
         partial = folder.with_name(f".{folder.name}")
         if self.ranks.first:

@@ -57,6 +57,14 @@ def run(*flags: object) -> int:
     return train.main([str(flag) for flag in flags])
 
 
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What bad input printed on stderr: one line."""
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
+    return shown
+
+
 def metrics(out: Path, timings: bool = False) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [
@@ -418,9 +426,7 @@ def test_bad_flags_give_one_line_and_leave_nothing(
     usual = {"--model": start, "--data": rows, "--out": out, "--max-length": 64}
     usual = {k: v for k, v in usual.items() if k not in flags}
     assert run(*(x for pair in usual.items() for x in pair), *flags) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
-    assert shown.count("\n") == 1
+    shown = error_line(capsys)
     assert named in shown
     assert not out.exists()
 
@@ -475,9 +481,7 @@ def test_a_bad_checkpoint_gives_one_line_and_leaves_nothing(
         (folder / path.name).write_bytes(path.read_bytes())
     spoil(name, folder)
     assert run("--model", folder, "--data", rows, "--out", out, *SMALL) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
-    assert shown.count("\n") == 1
+    shown = error_line(capsys)
     assert str(folder) in shown or name == "no template"
     assert not (out / "metrics.jsonl").exists()
     assert name == "not finite" or not out.exists()
@@ -550,9 +554,7 @@ def test_bad_flags_of_sampling_give_one_line(
 ) -> None:
     known = {"START": str(start), "ROWS": str(rows)}
     assert sample.main([known.get(flag, flag) for flag in flags]) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
-    assert shown.count("\n") == 1
+    shown = error_line(capsys)
     assert named in shown
 
 
