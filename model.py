@@ -600,7 +600,11 @@ def pair_logprobs(
         n_chosen, n_rejected: (N,) float32 response lengths in tokens.
     An empty side (as the rejected one in SFT) gives 0 and 0.
     """
-    parts = pair_token_logprobs(model, pairs)
+    return pair_sums(pair_token_logprobs(model, pairs))
+
+
+def pair_sums(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `pair_logprobs` returns, from what `pair_token_logprobs` returns."""
     shared, chosen, rejected = torch.stack([part.sum() for part in parts]).view(-1, 3).unbind(1)
     counts = torch.tensor([float(len(part)) for part in parts], device=shared.device).view(-1, 3)
     n_chosen, n_rejected = counts[:, 0] + counts[:, 1], counts[:, 0] + counts[:, 2]

@@ -1,4 +1,5 @@
-"""Look at a model: sample answers from it, measure it on the built-in tasks, draw a run's curves.
+"""Look at a model: sample answers from it, measure it on the built-in tasks; and at a run: its
+curves, its pairs in colour, its first steps number by number.
 
     python sample.py --model OUT/final --prompt "Why is the sky blue?"
     python sample.py --model OUT/final --prompts questions.jsonl --out answers.jsonl
@@ -17,15 +18,19 @@ import itertools
 import json
 import sys
 import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 import data
-from model import InputError, Transformer, generate
+from data import Pair
+from model import InputError, Transformer, generate, open_safetensors
+from sapo import SegmentPair, pack
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,7 +70,9 @@ class Parser(argparse.ArgumentParser):
             elif typing.get_origin(inner) is Literal:
                 options["choices"] = typing.get_args(inner)
             elif typing.get_origin(inner) is list:
-                options |= {"nargs": "+", "metavar": "FILE"}
+                kind_of = typing.get_args(inner)[0]
+                options |= {"nargs": "+", "type": kind_of}
+                options["metavar"] = "FILE" if kind_of is str else kind_of.__name__.upper()
             else:
                 options |= {"type": inner, "metavar": inner.__name__.upper()}
             self.add_argument("--" + name.replace("_", "-"), **options)
@@ -213,6 +220,87 @@ PANELS = {
     "held-out accuracy": ("eval/accuracy/seen", "eval/accuracy/unseen"),
     "segments and replay": ("segment/identical", "replay/times_sampled"),
 }
+
+
+def paint(pair: SegmentPair, decode: Callable[[list[int]], str]) -> str:
+    """A pair in terminal colours: A plain, B green, B' red, C blue."""
+    start, stop, new_stop = pair.bounds
+    green, red, blue, plain = "\033[32m", "\033[31m", "\033[34m", "\033[0m"
+    prompt, before = decode(pair.prompt), decode(pair.chosen[:start])
+    old, new = decode(pair.chosen[start:stop]), decode(pair.rejected[start:new_stop])
+    after = decode(pair.chosen[stop:])
+    left = decode(pair.rejected[new_stop:])
+    return (
+        f"prompt    {prompt}\n"
+        f"chosen    {before}{green}{old}{blue}{after}{plain}\n"
+        f"rejected  {before}{red}{new}{blue}{left}{plain}   (A, {green}B{plain}, "
+        f"{red}B'{plain}, {blue}C{plain})"
+    )
+
+
+class Trace:
+    """The first S steps of a run in one safetensors file (`--trace`), to check another program by.
+
+        step/step (S,), and as long: step/loss, step/nll, step/grad_norm (before clipping), step/lr,
+            step/beta, step/norm/policy (after the step), and step/norm/ema and step/norm/reference
+            (as the step used them)
+        pair/step (N,), and as long: pair/place, where a pair was drawn from (the replay buffer
+            with this step's fresh pairs in it, 0 the oldest; SPIN's pool; the rows), pair/losses,
+            pair/logps/chosen and so on, log-probs being sums under the policy before the step
+        pair/lengths (N, 3): tokens of prompt, chosen and rejected, which lie one behind the other
+            in pair/tokens
+        pair/bounds (N, 3): chosen[start:stop] is B, rejected[start:new_stop] B', or -1; pair/logp
+            (N,): the log-prob of B' under the model that wrote it
+        fresh/...: the same five of the pairs made at a step, in the order they were stored
+
+    The flags, save names of files, are in the file's metadata, as JSON under "args".
+    """
+
+    def __init__(self, path: str, flags: Any) -> None:
+        self.path, self.parts = Path(path), list[dict[str, Tensor]]()
+        places = ("model", "data", "eval_data", "out", "resume", "trace")
+        self.args = {k: v for k, v in asdict(flags).items() if k not in places}
+        if self.path.exists() and not (flags.resume and self.path.is_file()):
+            raise InputError(f"--trace {path} is there already: name a file that is not")
+        if not self.path.parent.is_dir():
+            raise InputError(f"--trace {path}: {self.path.parent} is not a folder")
+
+    def add(
+        self,
+        step: int,
+        pairs: Sequence[Pair],
+        places: Sequence[int],
+        columns: dict[str, Tensor],
+        fresh: Sequence[SegmentPair],
+        scalars: dict[str, float],
+    ) -> None:
+        """Records a step and writes the file anew: it is small, and the run may be killed."""
+        part = {f"step/{k}": torch.tensor([x], dtype=torch.float64) for k, x in scalars.items()}
+        part["step/step"] = torch.tensor([step])
+        part |= {f"pair/{key}": values for key, values in columns.items()}
+        part["pair/place"] = torch.tensor(places, dtype=torch.int64)
+        for name, made in (("pair", pairs), ("fresh", fresh)):
+            part |= {f"{name}/{key}": values for key, values in pack(made).items()}
+            part[f"{name}/step"] = torch.full((len(made),), step)
+        self.parts.append(part)
+        whole = {key: torch.cat([part[key] for part in self.parts]) for key in self.parts[0]}
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        save_file(whole, partial, {"args": json.dumps(self.args)})
+        partial.rename(self.path)
+
+    def forget_after(self, step: int) -> None:
+        """Takes up the file of a run that goes on after this step."""
+        if not self.path.exists():
+            return
+        with open_safetensors(self.path) as file:
+            whole = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        for name in ("step", "pair", "fresh"):
+            kept = int((whole[f"{name}/step"] <= step).sum())
+            for key in [key for key in whole if key.startswith(name) and "/tokens" not in key]:
+                whole[key] = whole[key][:kept]
+        for name in ("pair", "fresh"):
+            whole[f"{name}/tokens"] = whole[f"{name}/tokens"][: whole[f"{name}/lengths"].sum()]
+        self.parts = [whole]
 
 
 def plot_curves(out: Path) -> None:

@@ -18,20 +18,36 @@ paper (P) and from the official code (C):
     1. P updates the EMA every 2 steps, C every step; ours is C's, and `--ema-every` switches it.
     2. C refreshes the reference every 108 steps, its epoch; ours once an epoch of the data at hand
        (`--ref-update-every`).
-    3. C keeps a buffer of 2,000 pairs on each rank; ours is one buffer, whatever the ranks.
+    3. C keeps a buffer of 2,000 pairs on each rank; ours is one buffer, whatever the ranks
+       (`--replay-capacity`).
     4. C counts draws by object identity and loses them on resume; ours are saved with the pairs.
     5. C masks the attention at every EOS in the prompt; ours lets all of the prompt be seen.
     6. C's NLL (ORPO) counts prompt and padding too; ours counts the response.
     7. C's rule never cuts the last three tokens of a long response; `--segment-rule uniform` does.
+    8. C's AdamW (ORPO) keeps its state in 8 bits; ours in 32.
+    9. C trains in bf16; our weights, gradients, optimizer and EMA are in fp32, and `--precision
+       bf16`, which the recipes say, is about the computation.
+
+SPIN (arXiv 2401.01335), with whole responses of an opponent that is frozen for an iteration:
+
+   10. P has learning rates of 5e-7 and then 1e-7, and beta 5.0 in the last iteration; C's files say
+       5e-7 and 0.1 in each. `--iteration-lr`, `--iteration-beta`; ours is C's.
+   11. C answers all prompts before an iteration; ours those of a step before it: the same pairs.
+   12. C makes text of an answer and encodes it again, so that one cut at 256 tokens gets an EOS;
+       ours keeps the tokens as they were sampled.
 
 Sources know nothing of files, flags or ranks: a step's pairs are those of the whole global batch,
 each draw has a random stream of its own, keyed by (seed, purpose, step, index), and `generate`
 comes from the trainer, which may spread its rows over ranks.
 """
 
+import bisect
+import contextlib
+import itertools
+import math
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -43,14 +59,20 @@ from torch import Tensor, nn
 from data import Pair
 from model import hash_seed
 
-# (model, prompts, most new tokens per row, seed per row) -> new tokens per row
-Generate = Callable[[Any, list[list[int]], list[int], list[int]], list[list[int]]]
+# (model, prompts, most new tokens per row, seed per row) -> new tokens per row, and the sums of
+# their log-probs under the model as it is, before temperature and filters
+Generate = Callable[
+    [Any, list[list[int]], list[int], list[int]], tuple[list[list[int]], list[float]]
+]
+Phase = Callable[[str], contextlib.AbstractContextManager[Any]]  # times what is within it
 
 
 class Source(Protocol):
-    """What the trainer asks of a method. `metrics` holds what the last `before_step` observed."""
+    """What the trainer asks of a method. The attributes are of the last `before_step`."""
 
     metrics: dict[str, float]
+    fresh: list["SegmentPair"]  # the pairs that it made
+    picked: list[int]  # where each pair of the batch lies: in the rows, the buffer or the pool
 
     def before_step(self, t: int) -> list[Pair]:
         """The pairs of the update from policy t to t + 1, of the whole global batch."""
@@ -99,38 +121,46 @@ class SAPO:
         responses_per_prompt: int = 1,
         sample_every: int = 1,
         drop_identical: bool = False,
+        phase: Phase = contextlib.nullcontext,
     ) -> None:
         self.rows, self.policy, self.ema, self.reference = rows, policy, ema, reference
         self.generate, self.buffer, self.batch_size, self.seed = generate, buffer, batch_size, seed
-        self.max_length, self.eos_ids = max_length, frozenset(eos_ids)
+        self.max_length, self.eos_ids, self.phase = max_length, frozenset(eos_ids), phase
         self.segment_length, self.segment_rule = segment_length, segment_rule
         self.ema_decay, self.ema_every = ema_decay, ema_every
         self.ref_update, self.ref_update_every = ref_update, ref_update_every
         self.responses_per_prompt, self.sample_every = responses_per_prompt, sample_every
         self.drop_identical = drop_identical
         self.metrics: dict[str, float] = {}
+        self.fresh: list[SegmentPair] = []
+        self.picked: list[int] = []
 
     def before_step(self, t: int) -> list[Pair]:
         """EMA, reference, fresh pairs into the buffer, a batch out of it. The order matters."""
-        self.metrics = {}
         if t > 0 and t % self.ema_every == 0:
-            ema_update(self.ema, self.policy, self.ema_decay)
+            with self.phase("ema"):
+                ema_update(self.ema, self.policy, self.ema_decay)
         due = t % self.ref_update_every == 0 and self.ref_update != "fixed"
         if self.reference is not None and due:
             copy_weights(self.reference, self.ema if self.ref_update == "ema" else self.policy)
-        fresh: list[SegmentPair] = []
+        self.fresh = []
         if t % self.sample_every == 0:
             indices = batch_indices(t, self.batch_size, len(self.rows), self.seed)
             rows = [self.rows[i] for i in indices for _ in range(self.responses_per_prompt)]
-            fresh = self.rewrite(rows, "segment", t)
-            self.observe(fresh)
+            self.fresh = self.rewrite(rows, "segment", t)
+        self.metrics = describe(self.fresh)
+        if self.fresh:
+            ended = sum(len(pair.rejected) == pair.bounds[2] for pair in self.fresh)
+            self.metrics["segment/ended"] = ended / len(self.fresh)
         if self.drop_identical:
-            fresh = [pair for pair in fresh if pair.chosen != pair.rejected]
+            self.fresh = [pair for pair in self.fresh if pair.chosen != pair.rejected]
         if self.buffer is None:
-            return list(fresh)
-        for pair in fresh:
+            self.picked = list(range(len(self.fresh)))
+            return list(self.fresh)
+        for pair in self.fresh:
             self.buffer.add(pair)
         batch = self.buffer.sample(self.batch_size)
+        self.picked = self.buffer.picked
         self.metrics |= self.buffer.metrics
         return batch
 
@@ -145,23 +175,13 @@ class SAPO:
             prompts.append(prompt + gold[: cuts[-1][0]])
         budgets = [stop - start for start, stop in cuts]
         seeds = [hash_seed(self.seed, purpose, "sample", t, i) for i in range(len(rows))]
-        rewrites = self.generate(self.ema, prompts, budgets, seeds)
+        rewrites, logps = self.generate(self.ema, prompts, budgets, seeds)
         pairs = []
-        for row, (start, stop), new in zip(rows, cuts, rewrites, strict=True):
+        for row, (start, stop), new, logp in zip(rows, cuts, rewrites, logps, strict=True):
             rejected = splice(row.chosen, start, stop, new, self.eos_ids)
             bounds = (start, stop, start + len(new))
-            pairs.append(SegmentPair(Pair(row.prompt, row.chosen, rejected), bounds))
+            pairs.append(SegmentPair(Pair(row.prompt, row.chosen, rejected), bounds, logp))
         return pairs
-
-    def observe(self, fresh: Sequence["SegmentPair"]) -> None:
-        """Shares and lengths of the fresh segments; an identical pair teaches DPO nothing."""
-        count = len(fresh)
-        self.metrics |= {
-            "segment/identical": sum(p.chosen == p.rejected for p in fresh) / count,
-            "segment/length": sum(p.bounds[1] - p.bounds[0] for p in fresh) / count,
-            "segment/new_length": sum(p.bounds[2] - p.bounds[0] for p in fresh) / count,
-            "segment/ended": sum(len(p.rejected) == p.bounds[2] for p in fresh) / count,
-        }
 
     def eval_pairs(self, rows: Sequence[Pair]) -> list[Pair]:
         """Rows with a rejected side keep it; the others get the EMA's rewrite, the same cuts at
@@ -179,15 +199,138 @@ class SAPO:
             self.buffer.load_state_dict(state)
 
 
+class SPIN:
+    """Chosen = the gold response; rejected = the opponent's whole response (arXiv 2401.01335).
+
+    The opponent is the policy as it was when the iteration began, and also the reference. From the
+    second iteration on, the previous one's pairs are trained on too.
+
+    Args:
+        rows: (prompt, gold response, anything) as token ids; only the first two are read.
+        starts: the step at which each iteration begins, as `spin_starts` gives them.
+        max_new_tokens: of a response of the opponent's.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Pair],
+        policy: nn.Module,
+        opponent: nn.Module,
+        generate: Generate,
+        *,
+        starts: Sequence[int],
+        batch_size: int,
+        seed: int,
+        max_length: int,
+        max_new_tokens: int = 256,
+    ) -> None:
+        self.rows, self.policy, self.opponent, self.generate = rows, policy, opponent, generate
+        self.starts, self.batch_size, self.seed = starts, batch_size, seed
+        self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.iteration = 0
+        self.previous: dict[int, SegmentPair] = {}  # by row, of the iteration before
+        self.current: dict[int, SegmentPair] = {}
+        self.metrics: dict[str, float] = {}
+        self.fresh: list[SegmentPair] = []
+        self.picked: list[int] = []
+
+    def before_step(self, t: int) -> list[Pair]:
+        """A batch of the iteration's pool: a pair for each row, then the previous iteration's.
+        Rows that the opponent has not answered yet in this iteration are answered now."""
+        iteration = bisect.bisect_right(self.starts, t) - 1
+        if iteration > self.iteration:
+            self.iteration = iteration
+            self.previous, self.current = dict(sorted(self.current.items())), {}
+            copy_weights(self.opponent, self.policy)
+        count, older = len(self.rows), list(self.previous.values())
+        key = hash_seed(self.seed, "spin", self.iteration)
+        at = t - self.starts[iteration]
+        self.picked = batch_indices(at, self.batch_size, count + len(older), key)
+        missing = {i for i in self.picked if i < count} - self.current.keys()
+        asked = sorted(missing)
+        self.fresh = self.respond([self.rows[i] for i in asked], [(key, i) for i in asked])
+        self.current |= zip(asked, self.fresh, strict=True)
+        self.metrics = describe(self.fresh) | {"spin/iteration": float(self.iteration)}
+        return [self.current[i] if i < count else older[i - count] for i in self.picked]
+
+    def respond(self, rows: Sequence[Pair], keys: Sequence[Any]) -> list["SegmentPair"]:
+        """The opponent's response to each row's prompt, beside the gold one."""
+        prompts = [row.prompt for row in rows]
+        budgets = [min(self.max_new_tokens, self.max_length - len(p)) for p in prompts]
+        seeds = [hash_seed(self.seed, "opponent", key) for key in keys]
+        answers, logps = self.generate(self.opponent, prompts, budgets, seeds)
+        return [
+            SegmentPair(row._replace(rejected=new), (0, len(row.chosen), len(new)), logp)
+            for row, new, logp in zip(rows, answers, logps, strict=True)
+        ]
+
+    def eval_pairs(self, rows: Sequence[Pair]) -> list[Pair]:
+        """Rows with a rejected side keep it; the others get the opponent's response."""
+        bare = [row for row in rows if not row.rejected]
+        answered = self.respond(bare, [("eval", i) for i in range(len(bare))])
+        return [*(row for row in rows if row.rejected), *answered]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The pairs of both iterations; the opponent's weights are the reference's."""
+        pairs = [*self.previous.values(), *self.current.values()]
+        return pack(pairs) | {
+            "rows": torch.tensor([*self.previous, *self.current], dtype=torch.int64),
+            "previous": torch.tensor([len(self.previous)]),
+            "iteration": torch.tensor([self.iteration]),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes up what `state_dict` gave."""
+        known: list[Any] = list(zip(state["rows"].tolist(), unpack(state), strict=True))
+        split, self.iteration = int(state["previous"]), int(state["iteration"])
+        self.previous, self.current = dict(known[:split]), dict(known[split:])
+
+
+def spin_starts(steps: int, iterations: int) -> list[int]:
+    """When each iteration of SPIN begins, so that each passes over its pairs equally often: the
+    first has one for each row, the others two."""
+    shares = [max(0, 2 * k - 1) for k in range(iterations)]
+    return [round(steps * share / (2 * iterations - 1)) for share in shares]
+
+
 class SegmentPair(Pair):
-    """A Pair that knows its cut: chosen[start:stop] is B, rejected[start:new_stop] is B'."""
+    """A Pair that knows its cut: chosen[start:stop] is B, rejected[start:new_stop] is B'.
 
-    bounds: tuple[int, int, int]  # start, stop, new_stop
+    `bounds` is (start, stop, new_stop), `logp` the log-prob of B' under the model that wrote it.
+    """
 
-    def __new__(cls, pair: Pair, bounds: tuple[int, int, int]) -> "SegmentPair":
+    bounds: tuple[int, int, int]
+    logp: float
+
+    def __new__(cls, pair: Pair, bounds: tuple[int, int, int], logp: float) -> "SegmentPair":
         self = super().__new__(cls, *pair)
-        self.bounds = bounds
+        self.bounds, self.logp = bounds, logp
         return self
+
+
+def pack(pairs: Iterable[Pair]) -> dict[str, Tensor]:
+    """Pairs as tensors, which safetensors can hold: `tokens` of all sides, `lengths` (N, 3), and
+    `bounds` (N, 3) and `logp` (N,), which are -1 and NaN for pairs without a cut."""
+    pairs = list(pairs)
+    tokens = [token for pair in pairs for side in pair for token in side]
+    bounds = [getattr(pair, "bounds", (-1, -1, -1)) for pair in pairs]
+    logps = [getattr(pair, "logp", math.nan) for pair in pairs]
+    return {
+        "tokens": torch.tensor(tokens, dtype=torch.int32),
+        "lengths": torch.tensor([[*map(len, p)] for p in pairs], dtype=torch.int64).view(-1, 3),
+        "bounds": torch.tensor(bounds, dtype=torch.int64).view(-1, 3),
+        "logp": torch.tensor(logps, dtype=torch.float64),
+    }
+
+
+def unpack(state: dict[str, Tensor]) -> list[Pair]:
+    """The pairs that `pack` made tensors of."""
+    sides = iter(state["tokens"].split(state["lengths"].flatten().tolist()))
+    pairs: list[Pair] = []
+    for bounds, logp in zip(state["bounds"].tolist(), state["logp"].tolist(), strict=True):
+        pair = Pair(*(side.tolist() for side in itertools.islice(sides, 3)))
+        pairs.append(pair if bounds[0] < 0 else SegmentPair(pair, tuple(bounds), logp))
+    return pairs
 
 
 def choose_segment(
@@ -268,13 +411,8 @@ class ReplayBuffer:
         return [item.pair for item in drawn]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything as integer tensors, which safetensors can hold."""
-        sides = [side for item in self.stored for side in item.pair]
-        bounds = [getattr(item.pair, "bounds", (-1, -1, -1)) for item in self.stored]
-        return {
-            "tokens": torch.tensor([token for side in sides for token in side], dtype=torch.int32),
-            "lengths": torch.tensor([len(side) for side in sides], dtype=torch.int64),
-            "bounds": torch.tensor(bounds, dtype=torch.int64).reshape(-1, 3),
+        """The pairs, how often each was drawn and when it came, and the draws so far."""
+        return pack(item.pair for item in self.stored) | {
             "counts": torch.tensor([item.count for item in self.stored], dtype=torch.int64),
             "born": torch.tensor([item.born for item in self.stored], dtype=torch.int64),
             "draws": torch.tensor([self.draws], dtype=torch.int64),
@@ -282,15 +420,9 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Takes up what `state_dict` gave; the next draw is the one that would have come next."""
-        sides = [part.tolist() for part in state["tokens"].split(state["lengths"].tolist())]
+        columns = (unpack(state), state["counts"].tolist(), state["born"].tolist())
         self.stored.clear()
-        columns = (state[key].tolist() for key in ("bounds", "counts", "born"))
-        for i, (bounds, count, born) in enumerate(zip(*columns, strict=True)):
-            pair = Pair(*sides[3 * i : 3 * i + 3])
-            known = bounds[0] >= 0
-            self.stored.append(
-                Stored(SegmentPair(pair, tuple(bounds)) if known else pair, count, born)
-            )
+        self.stored.extend(itertools.starmap(Stored, zip(*columns, strict=True)))
         self.draws = int(state["draws"])
 
 
@@ -300,11 +432,13 @@ class Static:
     def __init__(self, rows: Sequence[Pair], *, batch_size: int, seed: int) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.metrics: dict[str, float] = {}
+        self.fresh: list[SegmentPair] = []
+        self.picked: list[int] = []
 
     def before_step(self, t: int) -> list[Pair]:
         """The batch's rows."""
-        indices = batch_indices(t, self.batch_size, len(self.rows), self.seed)
-        return [self.rows[i] for i in indices]
+        self.picked = batch_indices(t, self.batch_size, len(self.rows), self.seed)
+        return [self.rows[i] for i in self.picked]
 
     def eval_pairs(self, rows: Sequence[Pair]) -> list[Pair]:
         """The rows themselves."""
@@ -392,11 +526,13 @@ def pair_loss(
     beta: float,
     label_smoothing: float,
     orpo_lambda: float,
+    length_normalize: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss by its name: (N,) losses, chosen rewards, rejected rewards.
 
     `policy` and `reference` are what `pair_logprobs` gives; "orpo", and None, which is no loss on
-    pairs, read no reference.
+    pairs, read no reference. `length_normalize` takes log-probs per token in place of sums in the
+    loss; the rewards stay those of whole responses.
     """
     chosen, rejected, n_chosen, n_rejected = policy
     if kind is None:
@@ -407,6 +543,10 @@ def pair_loss(
         return orpo_loss(*means, orpo_lambda), rewards[0], rewards[1]
     base, other = reference[:2]
     losses, *rewards = dpo_loss(chosen, rejected, base, other, beta, label_smoothing)
+    if length_normalize:
+        n, m = n_chosen.clamp(min=1), n_rejected.clamp(min=1)
+        chosen, rejected, base, other = chosen / n, rejected / m, base / n, other / m
+        losses = dpo_loss(chosen, rejected, base, other, beta, label_smoothing)[0]
     gap = (chosen - rejected) - (base - other)
     if kind == "ipo":  # arXiv 2310.12036, eq. 17: the gap aims at 1 / (2 beta)
         losses = (gap - 1 / (2 * beta)) ** 2
@@ -415,17 +555,148 @@ def pair_loss(
     return losses, rewards[0], rewards[1]
 
 
-def paint(pair: SegmentPair, decode: Callable[[list[int]], str]) -> str:
-    """A pair in terminal colours: A plain, B green, B' red, C blue."""
-    start, stop, new_stop = pair.bounds
-    green, red, blue, plain = "\033[32m", "\033[31m", "\033[34m", "\033[0m"
-    prompt, before = decode(pair.prompt), decode(pair.chosen[:start])
-    old, new = decode(pair.chosen[start:stop]), decode(pair.rejected[start:new_stop])
-    after = decode(pair.chosen[stop:])
-    left = decode(pair.rejected[new_stop:])
-    return (
-        f"prompt    {prompt}\n"
-        f"chosen    {before}{green}{old}{blue}{after}{plain}\n"
-        f"rejected  {before}{red}{new}{blue}{left}{plain}   (A, {green}B{plain}, "
-        f"{red}B'{plain}, {blue}C{plain})"
-    )
+# ------------------------------------------------------------------------------- what is observed
+
+
+def describe(fresh: Sequence[SegmentPair]) -> dict[str, float]:
+    """Shares and mean lengths of freshly written segments; identical ones teach DPO nothing."""
+    count = len(fresh)
+    if not count:
+        return {}
+    return {
+        "segment/identical": sum(p.chosen == p.rejected for p in fresh) / count,
+        "segment/length": sum(p.bounds[1] - p.bounds[0] for p in fresh) / count,
+        "segment/new_length": sum(p.bounds[2] - p.bounds[0] for p in fresh) / count,
+    }
+
+
+def segment_logprobs(pairs: Sequence[Pair], parts: Sequence[Tensor]) -> Tensor:
+    """(N, 4) float64: the log-probs of B, of B', of C after B and of C after B'.
+
+    `parts` are the 3N tensors of `pair_token_logprobs`. Zeros for a pair without a cut.
+    """
+    total = F.pad(torch.cat(list(parts)).detach().double().cumsum(0), (1, 0))  # of the first m
+    points, at = [], 0  # six a pair, each as two places in `total` that add up to it
+    for i, pair in enumerate(pairs):
+        places = [(0, 0)] * 6
+        if isinstance(pair, SegmentPair):
+            (start, stop, new_stop), length = pair.bounds, len(pair.chosen)
+            places = [(at + place, 0) for place in (start, stop, length)]
+            shared = len(parts[3 * i])  # what is behind it in the rejected lies behind the chosen
+            for place in (start, new_stop, len(pair.rejected)):
+                behind = max(place - shared, 0)
+                places.append((at + place - behind, at + length + behind))
+        points.append(places)
+        at += sum(map(len, parts[3 * i : 3 * i + 3]))
+    reached = total[torch.tensor(points, device=total.device)].sum(-1)  # (N, 6)
+    old, rest, new, new_rest = reached.diff()[:, [0, 1, 3, 4]].unbind(1)
+    return torch.stack((old, new, rest, new_rest), dim=1)
+
+
+def segment_metrics(pairs: Sequence[Pair], logps: Tensor) -> dict[str, float]:
+    """What rewriting did, in nats per token, from `segment_logprobs` under the policy.
+
+    Pairs whose sides are equal count in `segment/kl` alone, those without C not in `seam/`.
+    """
+    totals: dict[str, tuple[float, int]] = {}
+
+    def add(name: str, logp: float, tokens: int) -> None:
+        before = totals.get(name, (0.0, 0))
+        totals[name] = (before[0] + logp, before[1] + tokens)
+
+    for pair, (old, new, rest, new_rest) in zip(pairs, logps.tolist(), strict=True):
+        if not isinstance(pair, SegmentPair):
+            continue
+        start, stop, new_stop = pair.bounds
+        add("segment/kl", pair.logp - new, new_stop - start)
+        if pair.chosen != pair.rejected:
+            add("segment/logps", old, stop - start)
+            add("segment/new_logps", new, new_stop - start)
+            if stop < len(pair.chosen) and new_stop < len(pair.rejected):
+                add("seam/logps", rest, len(pair.chosen) - stop)
+                add("seam/new_logps", new_rest, len(pair.rejected) - new_stop)
+    return {name: logp / tokens for name, (logp, tokens) in totals.items() if tokens}
+
+
+class Drift:
+    """How far the chosen responses' log-probs have moved since each row was first trained on."""
+
+    def __init__(self) -> None:
+        self.first: dict[int, float] = {}  # by a digest of prompt and chosen
+
+    def observe(self, pairs: Sequence[Pair], logps: Sequence[float]) -> dict[str, float]:
+        """Takes the summed log-probs of a batch's chosen; the mean drift of rows met before."""
+        keys = [hash_seed(pair.prompt, pair.chosen) for pair in pairs]
+        both = list(zip(keys, logps, strict=True))
+        moved = [logp - self.first[key] for key, logp in both if key in self.first]
+        for key, logp in both:
+            if math.isfinite(logp):
+                self.first.setdefault(key, logp)
+        return {"logps/chosen_drift": sum(moved) / len(moved)} if moved else {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The first log-prob of each row met so far."""
+        return {
+            "keys": torch.tensor([*self.first], dtype=torch.int64),
+            "logps": torch.tensor([*self.first.values()], dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes up what `state_dict` gave."""
+        self.first = dict(zip(state["keys"].tolist(), state["logps"].tolist(), strict=True))
+
+
+# -------------------------------------------------------------------------- the papers' settings
+# [code]: the official code of SAPO, or of SPIN; [handbook]: the recipes of the alignment handbook,
+# from which both papers take their starts and baselines; [ours]: our choice, for want of a source.
+
+OFFICIAL: dict[str, Any] = {  # [code], beyond the flags' defaults, which are its values too
+    "method": "sapo", "loss": "dpo", "precision": "bf16",
+    "ref_update_every": 108,  # [code]: an epoch of its data
+    "replay_capacity": 16000,  # [code]: 2,000 on each of 8 ranks
+}  # fmt: skip
+OFFICIAL_ORPO: dict[str, Any] = OFFICIAL | {
+    "loss": "orpo", "lr": 5e-6, "schedule": "inverse_sqrt", "warmup": 100.0,  # [code]
+    "optimizer": "adamw",  # [code]: with its state in 8 bits
+}  # fmt: skip
+ABLATIONS: dict[str, dict[str, Any]] = {  # the paper's tables, and what its reviewers asked for
+    "on-policy": {"ema_decay": 0.0, "replay_capacity": 0},  # neither EMA nor replay
+    "no-ema": {"ema_decay": 0.0},
+    "no-replay": {"replay_capacity": 0},
+    "no-segment": {"segment_length": "full"},
+    "fixed-reference": {"ref_update": "fixed"},
+    "policy-reference": {"ref_update": "policy"},
+}
+SFT: dict[str, Any] = {
+    "method": "sft", "loss": None, "precision": "bf16", "optimizer": "adamw",
+    "lr": 2e-5, "schedule": "cosine",
+}  # fmt: skip
+RECIPES: dict[str, dict[str, Any]] = {
+    "sapo-llama3-8b": OFFICIAL,
+    "sapo-mistral-7b": OFFICIAL,
+    "sapo-orpo-llama3-8b": OFFICIAL_ORPO,
+    "sapo-orpo-mistral-7b": OFFICIAL_ORPO,
+    # The starts of SAPO-DPO and SPIN: Llama 3 on deita-10k, Mistral on UltraChat, which is
+    # zephyr-7b-sft-full. The batch of the first is [ours], the rest of it [code].
+    "sft-llama3-8b": SFT | {"epochs": 3.0},
+    "sft-mistral-7b": SFT | {"epochs": 1.0, "batch_size": 128},  # [handbook]
+    "spin-mistral-7b": {  # [code], and four iterations, as the paper has them
+        "method": "spin", "loss": "dpo", "precision": "bf16", "epochs": 3.0, "max_length": 1024,
+        "max_prompt_length": 512, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "iterations": 4,
+    },
+    "dpo-mistral-7b": {  # [handbook]: zephyr-7b-beta
+        "method": "dpo", "loss": "dpo", "precision": "bf16", "epochs": 1.0, "batch_size": 128,
+        "beta": 0.01, "schedule": "cosine", "optimizer": "adamw", "max_length": 1024,
+        "max_prompt_length": 512,
+    },
+    "orpo-mistral-7b": {  # [handbook]: mistral-capybara; 8-bit AdamW there, the batch [ours]
+        "method": "orpo", "loss": "orpo", "precision": "bf16", "epochs": 3.0, "lr": 5e-6,
+        "schedule": "inverse_sqrt", "warmup": 100.0, "optimizer": "adamw",
+    },
+}  # fmt: skip
+RECIPES |= {
+    f"{base}-{name}": RECIPES[base] | change
+    for base in ("sapo-llama3-8b", "sapo-orpo-llama3-8b")
+    for name, change in ABLATIONS.items()
+    if not (RECIPES[base]["loss"] == "orpo" and "ref_update" in change)  # it has no reference
+}

@@ -1,4 +1,4 @@
-"""Align a language model with no preference data: SAPO, and the baselines SFT, DPO and ORPO.
+"""Align a language model with no preference data: SAPO, and SFT, DPO, ORPO and SPIN beside it.
 
     python train.py                                          # the embedded default, on any CPU
     torchrun --nproc_per_node 8 train.py --method sapo --recipe sapo-mistral-7b \\
@@ -16,6 +16,7 @@ Shapes: N pairs. Log-probs are sums over response tokens, in nats, unless a name
 """
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import json
@@ -55,10 +56,10 @@ __all__ = ["Config", "Trainer", "dpo_loss", "main", "orpo_loss"]  # the losses a
 class Config:
     """Every flag, with its default and where that comes from. The string under a field is its help.
 
-    [code] is the official SAPO code, [ours] our own choice.
+    [code] is the official SAPO code, [spin] that of SPIN, [ours] our own choice.
     """
 
-    method: Literal["sft", "dpo", "orpo", "sapo"] = "sapo"
+    method: Literal["sft", "dpo", "orpo", "spin", "sapo"] = "sapo"
     "where the pairs come from"
     loss: Literal["dpo", "ipo", "hinge", "orpo"] | None = None  # [code] has dpo and orpo
     "the loss on the pairs; default: dpo, and orpo for --method orpo"
@@ -81,7 +82,7 @@ class Config:
     steps: int | None = None
     "optimizer steps; default: as --epochs says"
     epochs: float = 4.0  # [code]
-    "passes over the training rows"
+    "passes over the training rows; spin: over the pairs of each iteration"
     batch_size: int = 64  # [code]
     "pairs per optimizer step, over all ranks"
     micro_batch_size: int = 4  # [ours]
@@ -104,6 +105,8 @@ class Config:
     "how strongly the reference holds the policy"
     label_smoothing: float = 0.0  # [code]
     "share of pairs assumed to be labelled the wrong way round (cDPO)"
+    length_normalize: bool = False  # [code]
+    "log-probs per token in place of their sums in the dpo, ipo and hinge losses"
     nll_weight: float = 0.0  # [code]
     "weight of an added NLL term on the chosen side, per response token"
     orpo_lambda: float = 0.05  # [code]
@@ -132,12 +135,20 @@ class Config:
     "steps between generations; between them pairs come from the buffer alone"
     drop_identical: bool = False  # [code]
     "keep pairs whose two sides are equal out of the buffer"
-    temperature: float = 0.7  # [code]
-    "of sampled segments; 0 is greedy"
-    top_k: int = 50  # [code]
-    "sample among so many tokens; 0: all"
-    top_p: float = 0.95  # [code]
-    "sample among the likeliest tokens of this total probability"
+    iterations: int = 4  # [spin]
+    "spin: how often the opponent becomes the policy as it then is"
+    iteration_lr: list[float] | None = None  # the paper: 5e-7, then 1e-7
+    "spin: peak learning rates of the iterations, the last for all that remain; default: --lr"
+    iteration_beta: list[float] | None = None  # the paper: 0.1, in the last iteration 5.0
+    "spin: betas of the iterations, the last for all that remain; default: --beta"
+    max_new_tokens: int = 256  # [spin]
+    "spin: tokens of an opponent's response, at most"
+    temperature: float = 0.7  # [code]; [spin]: 1.0
+    "of sampled tokens; 0 is greedy; --method spin alone makes it 1.0"
+    top_k: int = 50  # [code]; [spin]: all
+    "sample among so many tokens; 0: all; --method spin alone makes it 0"
+    top_p: float = 0.95  # [code]; [spin]: 1.0
+    "sample among the likeliest tokens of this total probability; --method spin alone makes it 1.0"
     generate_batch_size: int = 64  # [ours]
     "rows decoded together on a rank"
     precision: Literal["fp32", "medium", "bf16"] = "fp32"  # [ours]; [code] has bf16
@@ -154,6 +165,10 @@ class Config:
     "steps between evaluations; 0: at the end only"
     show_every: int = 0
     "steps between sampled pairs shown in colour: A, B, B' and C; 0: never"
+    trace: str | None = None
+    "a .safetensors file to record the first steps in: pairs, draws, log-probs, losses, norms"
+    trace_steps: int = 10  # [ours]
+    "how many steps --trace records"
 
 
 TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
@@ -161,19 +176,16 @@ TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
     "segment_length": "8", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
     "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256,
 }  # fmt: skip
-OFFICIAL = {  # [code], beyond the defaults; its 2,000 pairs are on each of 8 ranks
-    "loss": "dpo", "precision": "bf16", "replay_capacity": 16000, "ref_update_every": 108,
-}  # fmt: skip
-ORPO = {  # [code], but for its 8-bit AdamW, which is AdamW here
-    **OFFICIAL, "loss": "orpo", "lr": 5e-6, "schedule": "inverse_sqrt", "warmup": 100.0,
-    "optimizer": "adamw",
-}  # fmt: skip
-RECIPES: dict[str, dict[str, Any]] = {
-    "tasks": TASKS,
-    "sapo-llama3-8b": {"method": "sapo", **OFFICIAL},
-    "sapo-mistral-7b": {"method": "sapo", **OFFICIAL},
-    "sapo-orpo-llama3-8b": {"method": "sapo", **ORPO},
-    "sapo-orpo-mistral-7b": {"method": "sapo", **ORPO},
+RECIPES: dict[str, dict[str, Any]] = {"tasks": TASKS, **sapo.RECIPES}
+RECIPES |= {f"tasks-{name}": TASKS | change for name, change in sapo.ABLATIONS.items()}
+OWN: dict[str, dict[str, Any]] = {"spin": {"temperature": 1.0, "top_k": 0, "top_p": 1.0}}  # [spin]
+READ_BY = {  # flags that only these methods read
+    **dict.fromkeys(("segment_length", "segment_rule", "ema_decay", "ema_every"), ("sapo",)),
+    **dict.fromkeys(("replay_capacity", "ref_update", "ref_update_every"), ("sapo",)),
+    **dict.fromkeys(("responses_per_prompt", "sample_every", "drop_identical"), ("sapo",)),
+    **dict.fromkeys(("iterations", "iteration_lr", "iteration_beta", "max_new_tokens"), ("spin",)),
+    **dict.fromkeys(("temperature", "top_k", "top_p"), ("sapo", "spin")),
+    **dict.fromkeys(("generate_batch_size", "show_every"), ("sapo", "spin")),
 }
 START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
     "method": "sft", "loss": None, "steps": 1800, "batch_size": 32, "micro_batch_size": 32,
@@ -190,6 +202,7 @@ START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in
     "tie_word_embeddings": True, "max_position_embeddings": 2048, "hidden_act": "silu",
 }  # fmt: skip
 MAY_CHANGE = {"resume", "out", "steps", "epochs", "log_every", "save_every", "show_every"}
+MAY_CHANGE |= {"trace", "trace_steps"}
 
 
 RANGES = {  # the smallest and the largest value of each number
@@ -200,7 +213,8 @@ RANGES = {  # the smallest and the largest value of each number
     "epochs": (1e-9, 1e6), "lr": (1e-30, 1e3), "beta": (1e-9, 1e6), "weight_decay": (0, 1),
     "ema_decay": (0, 1), "top_p": (1e-9, 1), "adam_beta2": (0, 1 - 1e-9), "seed": (0, 2**62),
     "label_smoothing": (0, 0.5), "max_length": (2, 1e7), "max_prompt_length": (2, 1e7),
-    "replay_capacity": (0, 1e9), "responses_per_prompt": (1, 1e4),
+    "replay_capacity": (0, 1e9), "responses_per_prompt": (1, 1e4), "iterations": (1, 1e4),
+    "max_new_tokens": (1, 1e7), "trace_steps": (1, 1e6),
 }  # fmt: skip
 
 
@@ -225,11 +239,16 @@ def parse_args(argv: Sequence[str]) -> Config:
     if recipe is not None and recipe not in RECIPES:
         raise InputError(f"--recipe {recipe!r} is none of {', '.join(RECIPES)}")
     named = RECIPES[recipe] if recipe else {}
-    values = named | given | {"recipe": recipe}
+    method = given.get("method", named.get("method", Config.method))
+    values = OWN.get(method, {}) | named | given | {"recipe": recipe}
     if "epochs" in given:
         values["steps"] = None
     if "loss" not in given and values.get("method") != named.get("method"):
         values["loss"] = None  # the recipe's is for the recipe's method
+    for name in given:
+        if method not in READ_BY.get(name, (method,)):
+            flag = f"--{name.replace('_', '-')}"
+            print(f"warning: --method {method} does not read {flag}", file=sys.stderr)
     return check(Config(**values))
 
 
@@ -238,6 +257,9 @@ def check(config: Config) -> Config:
     for name, (low, high) in RANGES.items():
         if (value := getattr(config, name)) is not None:
             sample.check_range(name, value, low, high)
+    for name in ("iteration_lr", "iteration_beta"):
+        for value in getattr(config, name) or ():
+            sample.check_range(name, value, *RANGES[name.removeprefix("iteration_")])
     length = config.segment_length
     if length != "full" and not (length.isdecimal() and 0 < int(length) < 10**9):
         raise InputError(f"--segment-length is {length!r}, not a number of tokens or 'full'")
@@ -262,6 +284,11 @@ def check(config: Config) -> Config:
         raise InputError("--nll-weight adds to a loss without an NLL term; SFT and ORPO have one")
     if config.label_smoothing and config.loss != "dpo":
         raise InputError(f"--label-smoothing is for --loss dpo, not {config.loss or 'SFT'}")
+    if config.length_normalize and config.loss in (None, "orpo"):
+        raise InputError(
+            "--length-normalize is for the dpo, ipo and hinge losses; SFT and ORPO "
+            "are per token as they are"
+        )
     if config.chat_template and config.model is None:
         raise InputError("--chat-template is for --model: the built-in start has its own")
     return config
@@ -390,9 +417,18 @@ class Job:
     final: Path  # the trained model
     checkpoints: Path | None = None
     test: Callable[[Transformer], dict[str, float]] | None = None  # more held-out metrics
+    trace: sample.Trace | None = None
 
 
-COLUMNS = ("losses", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
+# What `Trainer.score` tells of each pair. The last five: the log-probs of B, of B', of C after B
+# and of C after B', all under the policy, and the tokens computed.
+COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejected rewards/chosen
+    rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest tokens""".split()  # noqa: SIM905
+
+
+def nth(values: Sequence[float] | None, n: int, default: float) -> float:
+    """The n-th of the values, the last for all that remain; where there are none the default."""
+    return values[min(n, len(values) - 1)] if values else default
 
 
 class Trainer:
@@ -401,8 +437,14 @@ class Trainer:
     def __init__(self, config: Config, job: Job, ranks: Ranks) -> None:
         self.config, self.job, self.ranks = config, job, ranks
         epoch = len(job.rows) / config.batch_size  # in steps
-        self.steps = config.steps or max(1, math.ceil(config.epochs * epoch - 1e-9))
+        passes = config.epochs * (2 * config.iterations - 1 if config.method == "spin" else 1)
+        self.steps = config.steps or max(1, math.ceil(passes * epoch - 1e-9))
+        self.starts = [0]  # where the learning rate's schedule begins, of SPIN in each iteration
+        if config.method == "spin":
+            self.starts = sapo.spin_starts(self.steps, config.iterations)
+        self.beta, self.drift = config.beta, sapo.Drift()
         self.seconds: dict[str, float] = {}
+        self.generated = 0  # tokens, in this step
         self.bad_steps = 0  # in a row
         self.nll_weight = 1.0 if config.loss in (None, "orpo") else config.nll_weight
         self.policy = ranks.build(job.start, config, learns=True)
@@ -410,7 +452,7 @@ class Trainer:
         self.models = {"policy": self.policy}
         if config.method == "sapo":
             self.models["ema"] = ranks.build(job.start, config, learns=False)
-        if config.method != "sft" and config.loss != "orpo":
+        if config.method == "spin" or config.loss not in (None, "orpo"):
             self.models["reference"] = ranks.build(job.start, config, learns=False)
         self.source = self.make_source(config.ref_update_every or math.ceil(epoch))
 
@@ -430,11 +472,18 @@ class Trainer:
             if c.method == "sft":
                 rows = [Pair(row.prompt, row.chosen, []) for row in rows]
             return sapo.Static(rows, batch_size=c.batch_size, seed=c.seed)
+        if c.method == "spin":
+            return sapo.SPIN(
+                rows, self.policy, self.models["reference"], self.generate, starts=self.starts,
+                batch_size=c.batch_size, seed=c.seed, max_length=c.max_length,
+                max_new_tokens=c.max_new_tokens,
+            )  # fmt: skip
         names = "batch_size seed max_length segment_rule ema_decay ema_every ref_update"
         names += " responses_per_prompt sample_every drop_identical"
         settings: dict[str, Any] = {name: getattr(c, name) for name in names.split()}
         settings["segment_length"] = int(c.segment_length.replace("full", str(c.max_length)))
         settings |= {"ref_update_every": ref_update_every, "eos_ids": self.job.tokenizer.eos_ids}
+        settings["phase"] = self.phase
         buffer = sapo.ReplayBuffer(c.replay_capacity, c.seed) if c.replay_capacity else None
         models = (self.policy, self.models["ema"], self.models.get("reference"))
         return sapo.SAPO(rows, *models, self.generate, buffer, **settings)
@@ -456,40 +505,74 @@ class Trainer:
 
     def step(self, t: int) -> dict[str, float]:
         """One update: pairs, gradients over micro-batches, clipping, the optimizer. Its row."""
-        self.seconds, began = {}, time.perf_counter()
+        c, began = self.config, time.perf_counter()
+        iteration, first, _ = self.stretch(t)
+        if t == first:  # SPIN's iterations are runs of their own
+            self.optimizer.state.clear()
+        self.beta = nth(c.iteration_beta, iteration, c.beta)
+        self.seconds, self.generated = {}, 0
         with self.phase("source"):
             pairs = self.source.before_step(t)
-        self.seconds["source"] -= self.seconds.get("generate", 0)
         row = {"lr": self.lr_at(t), "pairs": float(len(pairs)), "grad_norm": 0.0}
+        stats = torch.zeros(0, len(COLUMNS), dtype=torch.float64)
         if pairs:
-            row |= self.summary(pairs, self.score(pairs, learn=True), "")
+            stats = self.score(pairs, learn=True)
+            row |= self.summary(pairs, stats, "")
+            row |= self.drift.observe(pairs, stats[:, COLUMNS.index("logps/chosen")].tolist())
             with self.phase("optimizer"):
                 row["grad_norm"] = self.update(row["lr"])
-        if self.config.show_every and t % self.config.show_every == 0 and self.ranks.first:
+        row["tokens/generate"] = float(self.generated)
+        if c.show_every and t % c.show_every == 0 and self.ranks.first:
             shown = [pair for pair in pairs if isinstance(pair, sapo.SegmentPair)]
-            print(*(sapo.paint(pair, self.job.tokenizer.decode) for pair in shown[:1]), sep="\n")
+            print(*(sample.paint(pair, self.job.tokenizer.decode) for pair in shown[:1]), sep="\n")
         tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
         row["tokens_per_second"] = tokens / (time.perf_counter() - began)
-        return row | self.source.metrics | {f"seconds/{k}": v for k, v in self.seconds.items()}
+        row |= self.source.metrics | {f"seconds/{k}": v for k, v in self.seconds.items()}
+        self.record(t + 1, pairs, stats, row)
+        return row
+
+    def record(self, step: int, pairs: list[Pair], stats: Tensor, row: dict[str, float]) -> None:
+        """The step, for --trace: the policy's norm is that after it, the EMA's that within it."""
+        if self.job.trace is None or step > self.config.trace_steps:
+            return
+        norms = {f"norm/{name}": self.norm(model) for name, model in self.models.items()}
+        if self.ranks.first:
+            scalars = {key: row.get(key, math.nan) for key in ("loss", "nll", "grad_norm", "lr")}
+            scalars |= norms | {"beta": self.beta}
+            columns = dict(zip(COLUMNS, stats.unbind(1), strict=True))
+            self.job.trace.add(step, pairs, self.source.picked, columns, self.source.fresh, scalars)
+
+    def norm(self, model: Transformer) -> float:
+        """The root of the sum of all squared weights, summed in float64 (collective)."""
+        shards = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+        squares = sum(p.detach().double().square().sum() for p in shards)
+        return math.sqrt(float(self.ranks.sum(torch.as_tensor(squares))))
+
+    def stretch(self, t: int) -> tuple[int, int, int]:
+        """The number, first step and end of the iteration of step t; only SPIN has several."""
+        number = bisect.bisect_right(self.starts, t) - 1
+        return number, self.starts[number], [*self.starts, self.steps][number + 1]
 
     def lr_at(self, t: int) -> float:
         """The learning rate of the update from t to t + 1: lr / W, 2 lr / W, ... over W warm-up
         steps, lr at the last of them, then down; the linear schedule ends at lr / (T - W)."""
         c = self.config
-        warmup = round(c.warmup * self.steps) if c.warmup < 1 else round(c.warmup)
+        number, first, end = self.stretch(t)
+        steps, t, peak = end - first, t - first, nth(c.iteration_lr, number, c.lr)
+        warmup = round(c.warmup * steps) if c.warmup < 1 else round(c.warmup)
         if t < warmup:
-            return c.lr * (t + 1) / warmup
-        done = (t - warmup) / max(1, self.steps - warmup)
+            return peak * (t + 1) / warmup
+        done = (t - warmup) / max(1, steps - warmup)
         if c.schedule == "linear":
-            return c.lr * (1 - done)
+            return peak * (1 - done)
         if c.schedule == "cosine":
-            return c.lr * 0.5 * (1 + math.cos(math.pi * done))
+            return peak * 0.5 * (1 + math.cos(math.pi * done))
         if c.schedule == "inverse_sqrt":
-            return c.lr * math.sqrt(max(1, warmup) / (t + 1))
-        return c.lr
+            return peak * math.sqrt(max(1, warmup) / (t + 1))
+        return peak
 
     def score(self, pairs: Sequence[Pair], learn: bool) -> Tensor:
-        """(N, 5) float64 on every rank, COLUMNS in the pairs' order; `learn`: the gradient too.
+        """(N, 12) float64 on every rank, COLUMNS in the pairs' order; `learn`: the gradient too.
 
         Each rank takes every world-th pair in order of length, so that all have alike work. Where
         they do not come out even, a rank repeats a pair with weight 0: all must run as many passes.
@@ -501,7 +584,7 @@ class Trainer:
         mine = order[self.ranks.rank :: self.ranks.world]
         real = len(mine)
         mine += order[-1:] * (math.ceil(count / self.ranks.world) - real)
-        constants = (c.beta, c.label_smoothing, c.orpo_lambda)
+        constants = (self.beta, c.label_smoothing, c.orpo_lambda, c.length_normalize)
         for first in range(0, len(mine), c.micro_batch_size):
             indices = mine[first : first + c.micro_batch_size]
             batch = [pairs[i] for i in indices]
@@ -509,39 +592,53 @@ class Trainer:
             weights = weights.to(self.ranks.device)
             if isinstance(self.policy, FSDPModule):
                 self.policy.set_requires_gradient_sync(first + c.micro_batch_size >= len(mine))
-            reference: tuple[Tensor, ...] = ()
-            if "reference" in self.models:
+            reference = [torch.zeros_like(weights)] * 2
+            if self.compares:
                 with self.phase("reference"), torch.no_grad():
-                    reference = lm.pair_logprobs(self.models["reference"], batch)
+                    reference = [*lm.pair_logprobs(self.models["reference"], batch)]
             with self.phase("policy"), torch.set_grad_enabled(learn):
-                policy = lm.pair_logprobs(self.policy, batch)
+                parts = lm.pair_token_logprobs(self.policy, batch)
+                policy = lm.pair_sums(parts)
                 losses, *rewards = sapo.pair_loss(c.loss, policy, reference, *constants)
                 loss = (losses * weights).sum() / count
                 loss = loss - self.nll_weight * (policy[0] * weights).sum() / tokens
                 if learn:  # FSDP averages gradients over ranks; the sum is wanted
                     (loss * self.ranks.world).backward()
-            columns = torch.stack((losses.detach(), policy[0], policy[1], *rewards), dim=1).detach()
-            stats[indices] += columns.double() * weights[:, None]
+            lengths = [len(pair.prompt) for pair in batch]
+            lengths = [n + sum(map(len, parts[3 * i : 3 * i + 3])) for i, n in enumerate(lengths)]
+            computed = torch.tensor(lengths, device=self.ranks.device)
+            whole = (losses, *policy[:2], *reference[:2], *rewards)
+            segments = sapo.segment_logprobs(batch, parts).unbind(1)
+            columns = torch.stack([x.detach().double() for x in (*whole, *segments, computed)], 1)
+            stats[indices] += columns * weights[:, None]
         return self.ranks.sum(stats).cpu()  # once: each number read from a device waits for it
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss reads the reference."""
+        return self.config.loss not in (None, "orpo")
 
     def summary(self, pairs: Sequence[Pair], stats: Tensor, prefix: str) -> dict[str, float]:
         """Means over the pairs; accuracies leave out pairs whose two sides are equal."""
-        c = self.config
-        losses, chosen, rejected, good, bad = stats.unbind(1)
-        tokens = sum(len(pair.chosen) for pair in pairs)
-        row = {prefix + "nll": -float(chosen.sum()) / tokens}
-        row[prefix + "loss"] = float(losses.mean()) + self.nll_weight * row[prefix + "nll"]
-        row[prefix + "logps/chosen"] = float(chosen.mean())
-        told = torch.tensor([p.rejected != p.chosen for p in pairs])
-        if c.method != "sft" and all(pair.rejected for pair in pairs):
-            row[prefix + "logps/rejected"] = float(rejected.mean())
-            row[prefix + "rewards/chosen"] = float(good.mean())
-            row[prefix + "rewards/rejected"] = float(bad.mean())
-            row[prefix + "rewards/margins"] = float((good - bad).mean())
+        column = dict(zip(COLUMNS, stats.unbind(1), strict=True))
+        row = {"nll": -float(column["logps/chosen"].sum()) / sum(len(p.chosen) for p in pairs)}
+        row["loss"] = float(column["losses"].mean()) + self.nll_weight * row["nll"]
+        row["logps/chosen"] = float(column["logps/chosen"].mean())
+        row["tokens/policy"] = float(column["tokens"].sum())
+        if self.compares:
+            row["tokens/reference"] = row["tokens/policy"]
+        if self.config.method != "sft" and all(pair.rejected for pair in pairs):
+            good, bad = column["rewards/chosen"], column["rewards/rejected"]
+            told = torch.tensor([p.rejected != p.chosen for p in pairs])
+            for key in ("logps/rejected", "rewards/chosen", "rewards/rejected"):
+                row[key] = float(column[key].mean())
+            row["rewards/margins"] = float((good - bad).mean())
             if told.any():
-                row[prefix + "rewards/accuracies"] = float((good > bad)[told].double().mean())
-            row[prefix + "pairs/identical"] = 1 - float(told.double().mean())
-        return row
+                row["rewards/accuracies"] = float((good > bad)[told].double().mean())
+            row["pairs/identical"] = 1 - float(told.double().mean())
+            segments = stats[:, COLUMNS.index("logps/segment") : COLUMNS.index("tokens")]
+            row |= sapo.segment_metrics(pairs, segments)
+        return {prefix + key: value for key, value in row.items()}
 
     def update(self, lr: float) -> float:
         """Clips, steps, and returns the gradient's norm before clipping. A step whose norm is not
@@ -561,25 +658,29 @@ class Trainer:
 
     def generate(
         self, model: Transformer, prompts: list[list[int]], budgets: list[int], seeds: list[int]
-    ) -> list[list[int]]:
-        """`generate` with the rows spread over the ranks; every rank gets all of the answer."""
+    ) -> tuple[list[list[int]], list[float]]:
+        """`generate` with the rows spread over the ranks; every rank gets all of the answer: the
+        new tokens, and the sum of their log-probs under the model as it is."""
         c, count = self.config, len(prompts)
         mine = range(self.ranks.rank, count, self.ranks.world)
         sampling: dict[str, Any] = {
-            "temperature": c.temperature,
-            "top_k": c.top_k,
-            "top_p": c.top_p,
-        }
-        sampling |= {"eos_ids": self.job.tokenizer.eos_ids, "batch_size": c.generate_batch_size}
+            "temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p,
+            "eos_ids": self.job.tokenizer.eos_ids, "batch_size": c.generate_batch_size,
+            "seed": [seeds[i] for i in mine], "return_logprobs": True,
+        }  # fmt: skip
         prompts, budgets = [prompts[i] for i in mine], [budgets[i] for i in mine]
-        sampling["seed"] = [seeds[i] for i in mine]
         with self.phase("generate"), self.ranks.decoder(model) as ready:
-            new = lm.generate(ready, prompts, budgets, **sampling)
-            return self.ranks.share_rows(dict(zip(mine, new, strict=True)), count)
+            new, logps = lm.generate(ready, prompts, budgets, **sampling)
+            rows = self.ranks.share_rows(dict(zip(mine, new, strict=True)), count)
+            sums = torch.zeros(count, dtype=torch.float64, device=self.ranks.device)
+            sums[list(mine)] = torch.tensor([math.fsum(x) for x in logps]).to(sums)
+        self.generated += sum(map(len, rows))
+        return rows, self.ranks.sum(sums).tolist()
 
     def evaluate(self) -> dict[str, float]:
         """Held-out rows scored as training pairs are, and what the job's own test measures."""
         row: dict[str, float] = {}
+        began = time.perf_counter()
         with self.phase("eval"):
             if self.job.eval_rows:
                 pairs = self.source.eval_pairs(self.job.eval_rows)
@@ -587,16 +688,17 @@ class Trainer:
             if self.job.test is not None:
                 with self.ranks.decoder(self.policy) as ready:
                     row |= self.job.test(ready)
-        return row | {"seconds/eval": self.seconds["eval"]}
+        return row | {"seconds/eval": time.perf_counter() - began}
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time within to `seconds[name]`."""
-        began = time.perf_counter()
+        """Adds the time within to `seconds[name]`, less that of phases within this one."""
+        began, before = time.perf_counter(), sum(self.seconds.values())
         yield
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        inner = sum(self.seconds.values()) - before
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began - inner
 
     def log(self, step: int, row: dict[str, float], pace: float) -> None:
         """Appends the row to metrics.jsonl and prints the line that a person reads."""
@@ -665,6 +767,7 @@ class Trainer:
         if self.ranks.first:
             (folder / "optimizer").mkdir()
             save_file(self.source.state_dict(), folder / "source.safetensors")
+            save_file(self.drift.state_dict(), folder / "drift.safetensors")
         fetch = lambda name: self.ranks.whole(state[name]).cpu()  # noqa: E731
         lm.write_weights(folder / "optimizer", sizes, fetch, self.ranks.first)
 
@@ -680,8 +783,11 @@ class Trainer:
                 parameters = dict(model.named_parameters())
                 lm.load_weights(parameters, found[step] / name, self.ranks.place)
             self.restore_optimizer(found[step] / "optimizer")
-            with lm.open_safetensors(found[step] / "source.safetensors") as file:
-                self.source.load_state_dict({k: file.get_tensor(k) for k in sorted(file.keys())})
+            for name, part in (("source", self.source), ("drift", self.drift)):
+                with lm.open_safetensors(found[step] / f"{name}.safetensors") as file:
+                    part.load_state_dict({k: file.get_tensor(k) for k in sorted(file.keys())})
+        if self.job.trace is not None:
+            self.job.trace.forget_after(step)
         if self.ranks.first:
             kept = []
             if self.job.metrics.exists():
@@ -735,6 +841,7 @@ def run(config: Config, ranks: Ranks) -> None:
     if config.model:
         sample.check_vocabulary(tokenizer, outline(start), start)
     rows, eval_rows = read_rows(config, tokenizer, ranks)
+    trace = sample.Trace(config.trace, config) if config.trace else None
     claim(out, config, ranks)
     if config.model is None and not start.exists():
         pretrain(config, start, tokenizer, ranks)
@@ -745,12 +852,12 @@ def run(config: Config, ranks: Ranks) -> None:
 
     job = Job(start, rows, eval_rows, tokenizer, out / "metrics.jsonl", out / "final")
     job.test = test if on_tasks else None
-    job.checkpoints = out / "checkpoints"
+    job.checkpoints, job.trace = out / "checkpoints", trace
     with_control = on_tasks and config.method != "sft"
     if with_control and not (out / "control").exists():
         control = dataclasses.replace(config, method="sft", loss=None, resume=False, save_every=0)
         beside = dataclasses.replace(job, metrics=out / "control.jsonl", final=out / "control")
-        beside.checkpoints = None
+        beside.checkpoints, beside.trace = None, None
         if ranks.first:
             beside.metrics.unlink(missing_ok=True)
         Trainer(control, beside, ranks).train()

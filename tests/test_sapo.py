@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Pair
+from sample import paint
 from sapo import (
     SAPO,
     ReplayBuffer,
@@ -20,7 +21,6 @@ from sapo import (
     dpo_loss,
     ema_update,
     orpo_loss,
-    paint,
     pair_loss,
     splice,
 )
@@ -108,7 +108,7 @@ def test_counts_rise_after_the_draw_not_within_it() -> None:
 def test_a_restored_buffer_draws_what_the_lost_one_would_have() -> None:
     one, other = ReplayBuffer(5, seed=3), ReplayBuffer(5, seed=3)
     for i, pair in enumerate(pairs(7)):
-        one.add(SegmentPair(pair, (0, 1, 2)) if i % 2 else pair)
+        one.add(SegmentPair(pair, (0, 1, 2), -0.5) if i % 2 else pair)
         one.sample(2)
     other.load_state_dict(one.state_dict())
     assert [item.count for item in other.stored] == [item.count for item in one.stored]
@@ -170,7 +170,7 @@ class Recorder:
         self.prompts += prompts
         self.budgets += budgets
         self.seeds += seeds
-        return [self.new[:budget] for budget in budgets]
+        return [self.new[:budget] for budget in budgets], [-1.0] * len(budgets)
 
 
 def source(recorder: Recorder, buffer: ReplayBuffer | None, **flags: object) -> SAPO:
@@ -268,7 +268,7 @@ def test_identical_pairs_are_counted_and_dropped_on_request() -> None:
             return [
                 gold[prompt[1]][len(prompt) - 2 :][:budget]
                 for prompt, budget in zip(prompts, budgets, strict=True)
-            ]
+            ], [0.0] * len(prompts)
 
     buffer = ReplayBuffer(100, seed=0)
     sapo = source(Copying([]), buffer)
@@ -295,7 +295,7 @@ def test_static_rows_come_as_they_are() -> None:
 
 
 def test_paint_shows_the_four_parts() -> None:
-    pair = SegmentPair(Pair([65], [66, 67, 68, 69], [66, 70, 68, 69]), (1, 2, 2))
+    pair = SegmentPair(Pair([65], [66, 67, 68, 69], [66, 70, 68, 69]), (1, 2, 2), 0.0)
     shown = paint(pair, lambda ids: "".join(map(chr, ids)))
     for part in ("A", "B\033[32mC\033[34mDE", "B\033[31mF\033[34mDE"):
         assert part in shown

@@ -1,0 +1,194 @@
+"""The losses against TRL's own trainers: the same pairs, the same loss, the same gradient."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+import trl
+from torch import Tensor
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+import data
+import model as lm
+import train
+from data import Pair
+from sapo import copy_weights, orpo_loss
+
+WORDS = datasets.Dataset.from_list([{"prompt": "sort ba", "chosen": "ab", "rejected": "ba"}])
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """A random model whose probabilities are far from uniform, with the built-in tokenizer."""
+    folder = tmp_path / "start"
+    data.write_task_tokenizer(folder)
+    raw = train.START_MODEL | {"vocab_size": 260, "eos_token_id": 256, "hidden_size": 32}
+    fresh = lm.Transformer(lm.Config.from_dict(raw | {"intermediate_size": 48}))
+    for parameter in fresh.parameters():
+        parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
+    fresh.save_pretrained(folder)
+    return folder
+
+
+def pairs(prompts: int = 4) -> list[Pair]:
+    """Eight pairs of unequal lengths, half of which begin alike."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda n: torch.randint(0, 256, (n,), generator=generator).tolist()  # noqa: E731
+    made = []
+    for i in range(8):
+        shared = draw(3 * (i % 2))
+        made.append(Pair(draw(prompts), shared + draw(2 + i), shared + draw(9 - i)))
+    return made
+
+
+def ours(start: Path, tmp_path: Path, batch: list[Pair], *flags: str) -> tuple[float, Any]:
+    """Our loss and the trainer that has its gradient; the reference is another model."""
+    config = train.parse_args(["--model", str(start), "--data", "x", "--max-length", "64", *flags])
+    tokenizer = data.load_tokenizer(start)
+    job = train.Job(start, batch, [], tokenizer, tmp_path / "metrics.jsonl", tmp_path / "final")
+    trainer = train.Trainer(config, job, train.Ranks())
+    if "reference" in trainer.models:
+        copy_weights(trainer.models["reference"], other(trainer.policy))
+    stats = trainer.score(batch, learn=True)
+    return trainer.summary(batch, stats, "")["loss"], trainer
+
+
+def other(policy: Any) -> Any:
+    """A model of the same shape with weights of its own."""
+    made = lm.Transformer(policy.config)
+    for parameter in made.parameters():
+        parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(4))
+    return made
+
+
+def same_gradients(mine: Any, theirs: Any) -> None:
+    """Equal within rounding, parameter by parameter."""
+    named = dict(theirs.named_parameters())
+    largest = max(float(p.grad.abs().max()) for p in mine.parameters())
+    assert largest > 1e-3
+    for name, parameter in mine.named_parameters():
+        assert torch.allclose(parameter.grad, named[name].grad, atol=2e-5 * largest), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        (["--loss", "dpo"], {"loss_type": "sigmoid"}),
+        (["--loss", "dpo", "--length-normalize"], {"loss_type": "sigmoid_norm"}),
+        (["--loss", "hinge"], {"loss_type": "hinge"}),
+        (["--loss", "ipo", "--length-normalize"], {"loss_type": "ipo"}),
+        (
+            ["--loss", "dpo", "--nll-weight", "0.7"],
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]},
+        ),
+        (
+            ["--loss", "hinge", "--nll-weight", "2"],
+            {"loss_type": ["hinge", "sft"], "loss_weights": [1.0, 2.0]},
+        ),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_pair_losses_and_their_gradients_are_those_of_trls_trainer(
+    flags: list[str], settings: dict[str, Any], start: Path, tmp_path: Path
+) -> None:
+    batch = pairs()
+    loss, mine = ours(start, tmp_path, batch, "--method", "dpo", "--beta", "0.3", *flags)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(start)
+    weights = dict(other(mine.policy).named_parameters())
+    reference.load_state_dict(weights, strict=False)
+    theirs = trl.DPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(start),
+        ref_model=reference,
+        args=trl.DPOConfig(
+            tmp_path / "trl", beta=0.3, use_cpu=True, bf16=False, report_to=[],
+            gradient_checkpointing=False, **settings,
+        ),
+        train_dataset=WORDS,
+        processing_class=transformers.AutoTokenizer.from_pretrained(start),
+    )  # fmt: skip
+    rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in batch]
+    value = theirs._compute_loss(theirs.model, DataCollatorForPreference(0)(rows), False)
+    value.backward()
+    assert loss == pytest.approx(value.item(), rel=1e-5)
+    same_gradients(mine.policy, theirs.model)
+    logged = {k: v[-1] for k, v in theirs._metrics["eval"].items()}
+    row = mine.summary(batch, mine.score(batch, learn=False), "")
+    for key in ("chosen", "rejected", "margins", "accuracies"):
+        assert row[f"rewards/{key}"] == pytest.approx(logged[f"rewards/{key}"], rel=1e-4)
+    for key in ("logps/chosen", "logps/rejected"):
+        assert row[key] == pytest.approx(logged[key], rel=1e-5)
+
+
+@pytest.fixture
+def orpo(start: Path, tmp_path: Path) -> Any:
+    """TRL's ORPO trainer on the start."""
+    return ORPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(start),
+        args=ORPOConfig(
+            tmp_path / "trl", beta=0.4, use_cpu=True, bf16=False, report_to=[],
+            gradient_checkpointing=False, max_length=64, remove_unused_columns=False,
+        ),
+        train_dataset=WORDS,
+        processing_class=transformers.AutoTokenizer.from_pretrained(start, pad_token="<|end|>"),
+    )  # fmt: skip
+
+
+def orpo_batch(batch: list[Pair]) -> dict[str, Tensor]:
+    """What TRL's collator would make of the pairs."""
+    made = {}
+    for side in ("chosen", "rejected"):
+        rows = [(pair.prompt, getattr(pair, side)) for pair in batch]
+        width = max(len(p) + len(r) for p, r in rows)
+        fill: Callable[[list[int], int], list[int]] = lambda x, v: x + [v] * (width - len(x))  # noqa: E731
+        tokens = [fill(p + r, 0) for p, r in rows]
+        made[f"{side}_input_ids"] = torch.tensor(tokens)
+        made[f"{side}_attention_mask"] = torch.tensor([fill([1] * len(p + r), 0) for p, r in rows])
+        made[f"{side}_labels"] = torch.tensor([fill([-100] * len(p) + r, -100) for p, r in rows])
+    return made
+
+
+def test_orpo_and_its_gradient_are_those_of_trls_trainer_but_for_the_prompts_nll(
+    orpo: Any, start: Path, tmp_path: Path
+) -> None:
+    """TRL's NLL is over prompt and response, ours over the response, as the paper's equation 6
+    has it. Behind a prompt of one token, which has no NLL, the two agree."""
+    for length in (1, 4):
+        batch = pairs(prompts=length)
+        flags = ("--method", "orpo", "--orpo-lambda", "0.4")
+        loss, mine = ours(start, tmp_path, batch, *flags)
+        orpo.model.zero_grad()
+        value, logged = orpo.get_batch_loss_metrics(orpo.model, orpo_batch(batch))
+        value.backward()
+        row = mine.summary(batch, mine.score(batch, learn=False), "")
+        if length == 1:
+            assert loss == pytest.approx(value.item(), rel=1e-5)
+            same_gradients(mine.policy, orpo.model)
+        else:
+            assert abs(loss - value.item()) > 0.01
+            assert loss - row["nll"] == pytest.approx(value.item() - logged["nll_loss"], abs=1e-4)
+        for key in ("rewards/chosen", "rewards/rejected", "rewards/accuracies"):
+            assert row[key] == pytest.approx(logged[key], rel=1e-5)
+
+
+def test_the_odds_ratio_term_is_trls_until_a_probability_nears_one(orpo: Any) -> None:
+    """There TRL's has no finite value, and ours holds on to odds of a million to one."""
+    values = [torch.tensor([-3.0, -0.7, -0.1, -1e-3, -0.02]), torch.tensor([-2.0, -9, -0.2, -3, -8])]
+    mine = [x.clone().requires_grad_() for x in values]
+    theirs = [x.clone().requires_grad_() for x in values]
+    loss, ratio = orpo_loss(*mine, lam=0.4), -orpo.odds_ratio_loss(*theirs)[0]
+    assert torch.allclose(loss, ratio, rtol=1e-5)
+    loss.sum().backward()
+    ratio.sum().backward()
+    for x, y in zip(mine, theirs, strict=True):
+        assert torch.allclose(x.grad, y.grad, rtol=1e-4)
+    certain = torch.zeros(1, requires_grad=True)
+    orpo_loss(torch.tensor([-1.0]), certain).sum().backward()
+    assert torch.isfinite(certain.grad).all()
+    certain = torch.zeros(1, requires_grad=True)
+    orpo.odds_ratio_loss(torch.tensor([-1.0]), certain)[0].sum().backward()
+    assert not torch.isfinite(certain.grad).all()
