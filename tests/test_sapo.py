@@ -12,6 +12,7 @@ from data import Pair
 from sample import paint
 from sapo import (
     SAPO,
+    Drift,
     ReplayBuffer,
     SegmentPair,
     Static,
@@ -22,6 +23,8 @@ from sapo import (
     ema_update,
     orpo_loss,
     pair_loss,
+    segment_logprobs,
+    segment_metrics,
     splice,
 )
 
@@ -301,6 +304,80 @@ def test_paint_shows_the_four_parts() -> None:
         assert part in shown
 
 
+# ------------------------------------------------------------------------------ what is observed
+
+
+def cut(chosen: list[int], start: int, stop: int, new: list[int], logp: float = 0.0) -> SegmentPair:
+    """A pair as SAPO makes it."""
+    rejected = splice(chosen, start, stop, new, [EOS])
+    return SegmentPair(Pair([1], chosen, rejected), (start, stop, start + len(new)), logp)
+
+
+CUTS = [
+    cut([2, 3, 4, 5, EOS], 1, 3, [7, 8]),
+    cut([2, 3, 4, 5, EOS], 1, 3, [3, 8]),  # B' begins as B does
+    cut([2, 3, 4, 5, EOS], 1, 3, [3, 4]),  # as it was
+    cut([2, 3, 4, 5, EOS], 0, 2, [2, EOS]),  # ends the response: no C
+    cut([2, 3, 4, 5, EOS], 2, 5, [4, 5, EOS]),  # as it was, to the end
+    cut([2, 3, 4, 5, EOS], 0, 5, [6]),  # whole
+    cut([2, 3, 4, 4, 4, EOS], 2, 4, [4, 3]),
+    cut([2, 3, 2, 3, 4, EOS], 0, 2, [2, 3]),
+]
+
+
+def test_log_probs_of_the_parts_are_those_of_the_two_sequences_cut_by_hand() -> None:
+    """Each token's log-prob is made up from its place and its side: what `Branches` shares and
+    what it does not must come out where it belongs."""
+    value = lambda side, place, token: -(100.0 * side + 10 * place + token)  # noqa: E731
+    parts: list[torch.Tensor] = []
+    sums = []
+    for pair in CUTS:
+        shared = 0
+        while pair.chosen[shared : shared + 1] == pair.rejected[shared : shared + 1] != []:
+            shared += 1
+        rows = {
+            side: [value(side * (i >= shared), i, token) for i, token in enumerate(tokens)]
+            for side, tokens in ((1, pair.chosen), (2, pair.rejected))
+        }
+        parts += [torch.tensor(x) for x in (rows[1][:shared], rows[1][shared:], rows[2][shared:])]
+        start, stop, new = pair.bounds
+        sides = (rows[1][start:stop], rows[2][start:new], rows[1][stop:], rows[2][new:])
+        sums.append([sum(side) for side in sides])
+    plain = Pair([1], [2, 3], [4])
+    parts += [torch.zeros(0), torch.ones(2), torch.ones(1)]
+    found = segment_logprobs([*CUTS, plain], parts)
+    assert found.tolist() == [*sums, [0, 0, 0, 0]]
+
+
+def test_segment_metrics_by_hand() -> None:
+    pairs = [CUTS[0], CUTS[2], CUTS[3]]
+    pairs[0].logp, pairs[1].logp, pairs[2].logp = -3.0, -1.0, -2.0
+    logps = torch.tensor([[-2.0, -5, -3, -6], [-1, -1.5, 0, 0], [-4, -8, -9, 0]])
+    found = segment_metrics(pairs, logps)
+    assert found == pytest.approx(
+        {
+            "segment/kl": ((-3 + 5) + (-1 + 1.5) + (-2 + 8)) / 6,
+            "segment/logps": (-2 - 4) / 4,  # the second is as it was
+            "segment/new_logps": (-5 - 8) / 4,
+            "seam/logps": -3 / 2,  # the third has nothing behind B'
+            "seam/new_logps": -6 / 2,
+        }
+    )
+    assert segment_metrics([Pair([1], [2], [3])], torch.zeros(1, 4)) == {}
+
+
+def test_drift_is_counted_from_the_first_time_a_row_was_seen() -> None:
+    rows, drift = pairs(3), Drift()
+    assert drift.observe(rows[:2], [-5.0, -7.0]) == {}
+    assert drift.observe(rows[1:], [-6.0, -4.0]) == {"logps/chosen_drift": 1.0}
+    again = Drift()
+    again.load_state_dict(drift.state_dict())
+    found = again.observe([*rows, rows[0]], [-5.5, -6.5, math.nan, -4.5])
+    assert math.isnan(found["logps/chosen_drift"])
+    found = again.observe([*rows, rows[0]], [-5.5, -6.5, -5.0, -4.5])
+    assert found["logps/chosen_drift"] == (-0.5 + 0.5 - 1 + 0.5) / 4
+
+
 # ------------------------------------------------------------------------------------- the losses
 
 
@@ -367,6 +444,10 @@ def test_ipo_and_hinge_by_hand() -> None:
     assert ipo.item() == pytest.approx((1.5 - 2.5) ** 2)
     hinge = pair_loss("hinge", policy, reference, 0.2, 0.0, 0.05)[0]
     assert hinge.item() == pytest.approx(1 - 0.3)
+    per_token = pair_loss("ipo", policy, reference, 0.2, 0.0, 0.05, length_normalize=True)
+    gap = (-10 / 4 + 12 / 5) - (-11 / 4 + 11.5 / 5)
+    assert per_token[0].item() == pytest.approx((gap - 2.5) ** 2)
+    assert [reward.item() for reward in per_token[1:]] == pytest.approx([0.2, -0.1])
     orpo = pair_loss("orpo", policy, (), 0.2, 0.0, 0.05)[0]
     assert torch.equal(orpo, orpo_loss(policy[0] / 4, policy[1] / 5))
     assert F.relu(torch.tensor(-1.0)) == pair_loss(None, policy, (), 0.2, 0.0, 0.05)[0]

@@ -89,8 +89,14 @@ def test_a_run_leaves_the_files_of_the_contract(sapo_run: Path) -> None:
         "loss rewards/chosen rewards/rejected rewards/margins logps/chosen logps/rejected lr "
     )
     promised += "grad_norm tokens_per_second seconds/generate seconds/reference seconds/policy "
-    promised += "seconds/optimizer replay/size replay/age segment/identical"
-    assert all(set(promised.split()) <= row.keys() for row in table)
+    promised += "seconds/optimizer seconds/ema tokens/generate tokens/reference tokens/policy "
+    promised += "replay/size replay/age replay/times_sampled segment/identical segment/logps "
+    promised += "segment/new_logps segment/kl"
+    assert all(set(promised.split()) <= row.keys() | {"seconds/ema"} for row in table)
+    assert ["seconds/ema" in row for row in table] == [False, *[True] * 5]
+    assert all("logps/chosen_drift" in row for row in table[4:])  # by then each row has been seen
+    assert all("seam/new_logps" in row for row in table)
+    assert table[0]["segment/kl"] == pytest.approx(0, abs=1e-5)  # the policy wrote them itself
     assert [row["replay/size"] for row in table] == [5, 10, 12, 12, 12, 12]
     assert ["eval/loss" in row for row in table] == [False, False, True, False, False, True]
     assert "eval/rewards/accuracies" in table[-1]
@@ -350,6 +356,71 @@ def test_explicit_flags_win_over_the_recipe_and_the_recipe_over_defaults() -> No
     assert train.parse_args(["--data", "x"]).max_prompt_length == 1792
 
 
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_every_recipe_is_a_run_that_could_start(name: str) -> None:
+    config = train.parse_args(["--recipe", name, "--data", "rows.jsonl"])
+    assert vars(config).items() >= train.RECIPES[name].items()
+
+
+def test_recipes_hold_the_papers_values() -> None:
+    """PAPERS, "Settings [code]" and "Baselines"."""
+    recipe = lambda name: train.parse_args(["--recipe", name, "--data", "x"])  # noqa: E731
+    sapo = recipe("sapo-llama3-8b")
+    values = (sapo.lr, sapo.schedule, sapo.warmup, sapo.optimizer, sapo.batch_size, sapo.epochs)
+    assert values == (5e-7, "linear", 0.1, "rmsprop", 64, 4)
+    values = (sapo.max_length, sapo.max_prompt_length, sapo.precision, sapo.seed, sapo.beta)
+    assert values == (2048, 1792, "bf16", 42, 0.1)
+    values = (sapo.temperature, sapo.top_k, sapo.top_p, sapo.segment_length, sapo.ema_decay)
+    assert values == (0.7, 50, 0.95, "256", 0.5)
+    assert (sapo.replay_capacity, sapo.ref_update, sapo.ref_update_every) == (16000, "ema", 108)
+    orpo = recipe("sapo-orpo-mistral-7b")
+    values = (orpo.loss, orpo.lr, orpo.schedule, orpo.warmup, orpo.optimizer, orpo.orpo_lambda)
+    assert values == ("orpo", 5e-6, "inverse_sqrt", 100, "adamw", 0.05)
+    spin = recipe("spin-mistral-7b")
+    values = (spin.iterations, spin.lr, spin.beta, spin.optimizer, spin.batch_size)
+    assert values == (4, 5e-7, 0.1, "rmsprop", 64)
+    assert (spin.temperature, spin.top_k, spin.top_p, spin.max_new_tokens) == (1, 0, 1, 256)
+    start = recipe("sft-llama3-8b")
+    assert (start.method, start.epochs, start.lr, start.schedule) == ("sft", 3, 2e-5, "cosine")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("on-policy", {"ema_decay": 0.0, "replay_capacity": 0}),
+        ("no-ema", {"ema_decay": 0.0}),
+        ("no-replay", {"replay_capacity": 0}),
+        ("no-segment", {"segment_length": "full"}),
+        ("fixed-reference", {"ref_update": "fixed"}),
+        ("policy-reference", {"ref_update": "policy"}),
+    ],
+)
+def test_an_ablation_changes_what_its_name_says_and_nothing_else(
+    name: str, changed: dict[str, Any]
+) -> None:
+    for base in ("tasks", "sapo-llama3-8b", "sapo-orpo-llama3-8b"):
+        if "ref_update" in changed and "orpo" in base:
+            continue
+        one, other = (
+            vars(train.parse_args(["--recipe", recipe, "--data", "x"]))
+            for recipe in (base, f"{base}-{name}")
+        )
+        differing = {k: other[k] for k in one if k != "recipe" and one[k] != other[k]}
+        assert differing == changed
+
+
+def test_spins_own_sampling_is_its_default_and_can_be_changed() -> None:
+    parse = lambda *flags: train.parse_args(["--data", "x", *flags])  # noqa: E731
+    assert (parse().temperature, parse().top_k, parse().top_p) == (0.7, 50, 0.95)
+    spin = parse("--method", "spin", "--top-k", "5")
+    assert (spin.temperature, spin.top_k, spin.top_p) == (1.0, 5, 1.0)
+
+
+def test_a_flag_that_the_method_does_not_read_is_warned_of(capsys) -> None:
+    train.parse_args(["--data", "x", "--method", "dpo", "--segment-length", "8", "--beta", "1"])
+    assert capsys.readouterr().err == "warning: --method dpo does not read --segment-length\n"
+
+
 def test_help_names_every_flag_and_recipe(capsys) -> None:
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
@@ -409,6 +480,10 @@ BAD_FLAGS: list[tuple[list[str], str]] = [
     (["--nll-weight", "1", "--loss", "orpo"], "--nll-weight"),
     (["--nll-weight", "1", "--method", "sft"], "--nll-weight"),
     (["--label-smoothing", "0.1", "--loss", "ipo"], "--label-smoothing"),
+    (["--length-normalize", "--loss", "orpo"], "--length-normalize"),
+    (["--method", "spin", "--iteration-lr", "1e-4", "-1"], "--iteration-lr"),
+    (["--method", "spin", "--iteration-beta", "0"], "--iteration-beta"),
+    (["--method", "spin", "--iterations", "0"], "--iterations"),
     (["--responses-per-prompt", "2", "--replay-capacity", "0"], "--responses-per-prompt"),
     (["--out", "x" * 300], "x"),
     (["--model", "x" * 300], "x"),

@@ -1,6 +1,5 @@
 """The losses against TRL's own trainers: the same pairs, the same loss, the same gradient."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,20 +142,18 @@ def orpo_batch(batch: list[Pair]) -> dict[str, Tensor]:
     made = {}
     for side in ("chosen", "rejected"):
         rows = [(pair.prompt, getattr(pair, side)) for pair in batch]
-        width = max(len(p) + len(r) for p, r in rows)
-        fill: Callable[[list[int], int], list[int]] = lambda x, v: x + [v] * (width - len(x))  # noqa: E731
-        tokens = [fill(p + r, 0) for p, r in rows]
-        made[f"{side}_input_ids"] = torch.tensor(tokens)
-        made[f"{side}_attention_mask"] = torch.tensor([fill([1] * len(p + r), 0) for p, r in rows])
-        made[f"{side}_labels"] = torch.tensor([fill([-100] * len(p) + r, -100) for p, r in rows])
+        cpu = torch.device("cpu")
+        made[f"{side}_input_ids"] = lm.pad([p + r for p, r in rows], 0, cpu)
+        made[f"{side}_attention_mask"] = lm.pad([[1] * len(p + r) for p, r in rows], 0, cpu)
+        made[f"{side}_labels"] = lm.pad([[-100] * len(p) + r for p, r in rows], -100, cpu)
     return made
 
 
 def test_orpo_and_its_gradient_are_those_of_trls_trainer_but_for_the_prompts_nll(
     orpo: Any, start: Path, tmp_path: Path
 ) -> None:
-    """TRL's NLL is over prompt and response, ours over the response, as the paper's equation 6
-    has it. Behind a prompt of one token, which has no NLL, the two agree."""
+    """TRL's NLL is over prompt and response, ours over the response alone. Behind a prompt of one
+    token, which has no NLL, the two agree."""
     for length in (1, 4):
         batch = pairs(prompts=length)
         flags = ("--method", "orpo", "--orpo-lambda", "0.4")
@@ -177,7 +174,7 @@ def test_orpo_and_its_gradient_are_those_of_trls_trainer_but_for_the_prompts_nll
 
 def test_the_odds_ratio_term_is_trls_until_a_probability_nears_one(orpo: Any) -> None:
     """There TRL's has no finite value, and ours holds on to odds of a million to one."""
-    values = [torch.tensor([-3.0, -0.7, -0.1, -1e-3, -0.02]), torch.tensor([-2.0, -9, -0.2, -3, -8])]
+    values = torch.tensor([[-3.0, -0.7, -0.1, -1e-3, -0.02], [-2.0, -9, -0.2, -3, -8]])
     mine = [x.clone().requires_grad_() for x in values]
     theirs = [x.clone().requires_grad_() for x in values]
     loss, ratio = orpo_loss(*mine, lam=0.4), -orpo.odds_ratio_loss(*theirs)[0]
