@@ -154,7 +154,7 @@ def test_the_readmes_checker_tells_a_right_implementation_from_a_wrong_one() -> 
         patch.chdir(ROOT)
         exec(code, {"logp": logp, "dpo_loss": dpo_loss})
         with pytest.raises(AssertionError):
-            exec(code, {"logp": lambda p, r: logp(p, r[:-1]), "dpo_loss": dpo_loss})
+            exec(code, {"logp": lambda p, r: logp(p, r[1:]), "dpo_loss": dpo_loss})
         with pytest.raises(AssertionError):
             exec(code, {"logp": logp, "dpo_loss": lambda *x: dpo_loss(x[1], x[0], x[3], x[2])})
 
