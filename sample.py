@@ -79,13 +79,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def help_strings(kind: type) -> Iterator[tuple[str, Any, str]]:
-    """Name, type and help of each field of a dataclass: the help is the string under the field."""
-    body: list[Any] = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
+    """Name, type and help of each field of a dataclass and of those that it inherits from: the
+    help is the string under the field."""
     hints = typing.get_type_hints(kind)
-    for field, text in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign):
-            name = field.target.id  # type: ignore[union-attr]
-            yield name, hints[name], text.value.value
+    for part in kind.__mro__[:-1]:
+        body: list[Any] = ast.parse(inspect.getsource(part)).body[0].body  # type: ignore[attr-defined]
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign):
+                name = field.target.id  # type: ignore[union-attr]
+                yield name, hints[name], text.value.value
 
 
 @dataclass

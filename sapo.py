@@ -50,7 +50,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -88,15 +88,52 @@ class Source(Protocol):
         """Takes up what `state_dict` gave."""
 
 
+@dataclass
+class Settings:
+    """What the sources of this file can be told. The string under a field says what it is.
+
+    [code] is the official SAPO code, [spin] that of SPIN, [ours] our own choice.
+    """
+
+    seed: int = 42  # [code]
+    "everything drawn at random follows from it"
+    batch_size: int = 64  # [code]
+    "pairs per optimizer step, over all ranks"
+    max_length: int = 2048  # [code]
+    "tokens of prompt and response; longer responses are cut"
+    segment_length: str = "256"  # [code]
+    "tokens of a regenerated segment, or full; a shorter response is regenerated whole"
+    segment_rule: Literal["official", "uniform"] = "official"  # [code]
+    "where a segment may start; uniform: also up to the end of the response"
+    ema_decay: float = 0.5  # [code]
+    "ema <- decay * ema + (1 - decay) * policy"
+    ema_every: int = 1  # [code]; the paper's text says 2
+    "steps between updates of the EMA"
+    replay_capacity: int = 2000  # [code], there on each rank
+    "pairs in the replay buffer, over all ranks; 0: train on the fresh pairs"
+    ref_update: Literal["ema", "policy", "fixed"] = "ema"  # [code]
+    "what the reference is refreshed from"
+    ref_update_every: int | None = None  # [code]: 108, its epoch
+    "steps between refreshes of the reference, from step 0 on; default: one epoch"
+    responses_per_prompt: int = 1  # [code]
+    "rewrites of each row and step"
+    sample_every: int = 1  # [code]
+    "steps between generations; between them pairs come from the buffer alone"
+    drop_identical: bool = False  # [code]
+    "keep pairs whose two sides are equal out of the buffer"
+    iterations: int = 4  # [spin]
+    "spin: how often the opponent becomes the policy as it then is"
+    max_new_tokens: int = 256  # [spin]
+    "spin: tokens of an opponent's response, at most"
+
+
 class SAPO:
     """Chosen = the gold response; rejected = the same with a segment rewritten by the EMA.
 
     Args:
         rows: (prompt, gold response, anything) as token ids; only the first two are read.
         reference: None for a loss without one.
-        segment_length: L, in tokens; a response shorter than L is rewritten whole.
-        ref_update: "ema", "policy" or "fixed"; due at steps 0, `ref_update_every`, twice that...
-        buffer: None trains on the fresh pairs themselves.
+        settings: with `ref_update_every` in steps.
     """
 
     def __init__(
@@ -106,75 +143,60 @@ class SAPO:
         ema: nn.Module,
         reference: nn.Module | None,
         generate: Generate,
-        buffer: "ReplayBuffer | None",
-        *,
-        batch_size: int,
-        seed: int,
-        max_length: int,
+        settings: Settings,
         eos_ids: Sequence[int],
-        segment_length: int = 256,
-        segment_rule: str = "official",
-        ema_decay: float = 0.5,
-        ema_every: int = 1,
-        ref_update: str = "ema",
-        ref_update_every: int = 108,
-        responses_per_prompt: int = 1,
-        sample_every: int = 1,
-        drop_identical: bool = False,
         phase: Phase = contextlib.nullcontext,
     ) -> None:
         self.rows, self.policy, self.ema, self.reference = rows, policy, ema, reference
-        self.generate, self.buffer, self.batch_size, self.seed = generate, buffer, batch_size, seed
-        self.max_length, self.eos_ids, self.phase = max_length, frozenset(eos_ids), phase
-        self.segment_length, self.segment_rule = segment_length, segment_rule
-        self.ema_decay, self.ema_every = ema_decay, ema_every
-        self.ref_update, self.ref_update_every = ref_update, ref_update_every
-        self.responses_per_prompt, self.sample_every = responses_per_prompt, sample_every
-        self.drop_identical = drop_identical
+        self.generate, self.settings, self.phase = generate, settings, phase
+        self.eos_ids, capacity = frozenset(eos_ids), settings.replay_capacity
+        self.buffer = ReplayBuffer(capacity, settings.seed) if capacity else None
         self.metrics: dict[str, float] = {}
         self.fresh: list[SegmentPair] = []
         self.picked: list[int] = []
 
     def before_step(self, t: int) -> list[Pair]:
         """EMA, reference, fresh pairs into the buffer, a batch out of it. The order matters."""
-        if t > 0 and t % self.ema_every == 0:
+        c = self.settings
+        if t > 0 and t % c.ema_every == 0:
             with self.phase("ema"):
-                ema_update(self.ema, self.policy, self.ema_decay)
-        due = t % self.ref_update_every == 0 and self.ref_update != "fixed"
+                ema_update(self.ema, self.policy, c.ema_decay)
+        due = c.ref_update != "fixed" and t % (c.ref_update_every or 1) == 0
         if self.reference is not None and due:
-            copy_weights(self.reference, self.ema if self.ref_update == "ema" else self.policy)
+            copy_weights(self.reference, self.ema if c.ref_update == "ema" else self.policy)
         self.fresh = []
-        if t % self.sample_every == 0:
-            indices = batch_indices(t, self.batch_size, len(self.rows), self.seed)
-            rows = [self.rows[i] for i in indices for _ in range(self.responses_per_prompt)]
+        if t % c.sample_every == 0:
+            indices = batch_indices(t, c.batch_size, len(self.rows), c.seed)
+            rows = [self.rows[i] for i in indices for _ in range(c.responses_per_prompt)]
             self.fresh = self.rewrite(rows, "segment", t)
         self.metrics = describe(self.fresh)
         if self.fresh:
             ended = sum(len(pair.rejected) == pair.bounds[2] for pair in self.fresh)
             self.metrics["segment/ended"] = ended / len(self.fresh)
-        if self.drop_identical:
+        if c.drop_identical:
             self.fresh = [pair for pair in self.fresh if pair.chosen != pair.rejected]
         if self.buffer is None:
             self.picked = list(range(len(self.fresh)))
             return list(self.fresh)
         for pair in self.fresh:
             self.buffer.add(pair)
-        batch = self.buffer.sample(self.batch_size)
+        batch = self.buffer.sample(c.batch_size)
         self.picked = self.buffer.picked
         self.metrics |= self.buffer.metrics
         return batch
 
     def rewrite(self, rows: Sequence[Pair], purpose: str, t: int) -> list["SegmentPair"]:
         """Cuts each gold response, lets the EMA write the segment anew, and splices it in."""
-        cuts, prompts = [], []
+        c, cuts, prompts = self.settings, [], []
+        most = c.max_length if c.segment_length == "full" else int(c.segment_length)
         for i, (prompt, gold, _) in enumerate(rows):
-            length = min(self.segment_length, len(gold))
-            space = self.max_length - len(prompt) - length  # for A, if B' is to fit behind it
-            rng = random.Random(hash_seed(self.seed, purpose, "cut", t, i))
-            cuts.append(choose_segment(len(gold), length, space, rng, self.segment_rule))
+            length = min(most, len(gold))
+            space = c.max_length - len(prompt) - length  # for A, if B' is to fit behind it
+            rng = random.Random(hash_seed(c.seed, purpose, "cut", t, i))
+            cuts.append(choose_segment(len(gold), length, space, rng, c.segment_rule))
             prompts.append(prompt + gold[: cuts[-1][0]])
         budgets = [stop - start for start, stop in cuts]
-        seeds = [hash_seed(self.seed, purpose, "sample", t, i) for i in range(len(rows))]
+        seeds = [hash_seed(c.seed, purpose, "sample", t, i) for i in range(len(rows))]
         rewrites, logps = self.generate(self.ema, prompts, budgets, seeds)
         pairs = []
         for row, (start, stop), new, logp in zip(rows, cuts, rewrites, logps, strict=True):
@@ -208,7 +230,6 @@ class SPIN:
     Args:
         rows: (prompt, gold response, anything) as token ids; only the first two are read.
         starts: the step at which each iteration begins, as `spin_starts` gives them.
-        max_new_tokens: of a response of the opponent's.
     """
 
     def __init__(
@@ -217,16 +238,11 @@ class SPIN:
         policy: nn.Module,
         opponent: nn.Module,
         generate: Generate,
-        *,
+        settings: Settings,
         starts: Sequence[int],
-        batch_size: int,
-        seed: int,
-        max_length: int,
-        max_new_tokens: int = 256,
     ) -> None:
         self.rows, self.policy, self.opponent, self.generate = rows, policy, opponent, generate
-        self.starts, self.batch_size, self.seed = starts, batch_size, seed
-        self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.settings, self.starts = settings, starts
         self.iteration = 0
         self.previous: dict[int, SegmentPair] = {}  # by row, of the iteration before
         self.current: dict[int, SegmentPair] = {}
@@ -243,9 +259,9 @@ class SPIN:
             self.previous, self.current = dict(sorted(self.current.items())), {}
             copy_weights(self.opponent, self.policy)
         count, older = len(self.rows), list(self.previous.values())
-        key = hash_seed(self.seed, "spin", self.iteration)
-        at = t - self.starts[iteration]
-        self.picked = batch_indices(at, self.batch_size, count + len(older), key)
+        key = hash_seed(self.settings.seed, "spin", self.iteration)
+        at, size = t - self.starts[iteration], self.settings.batch_size
+        self.picked = batch_indices(at, size, count + len(older), key)
         missing = {i for i in self.picked if i < count} - self.current.keys()
         asked = sorted(missing)
         self.fresh = self.respond([self.rows[i] for i in asked], [(key, i) for i in asked])
@@ -255,9 +271,9 @@ class SPIN:
 
     def respond(self, rows: Sequence[Pair], keys: Sequence[Any]) -> list["SegmentPair"]:
         """The opponent's response to each row's prompt, beside the gold one."""
-        prompts = [row.prompt for row in rows]
-        budgets = [min(self.max_new_tokens, self.max_length - len(p)) for p in prompts]
-        seeds = [hash_seed(self.seed, "opponent", key) for key in keys]
+        c, prompts = self.settings, [row.prompt for row in rows]
+        budgets = [min(c.max_new_tokens, c.max_length - len(p)) for p in prompts]
+        seeds = [hash_seed(c.seed, "opponent", key) for key in keys]
         answers, logps = self.generate(self.opponent, prompts, budgets, seeds)
         return [
             SegmentPair(row._replace(rejected=new), (0, len(row.chosen), len(new)), logp)
@@ -429,15 +445,16 @@ class ReplayBuffer:
 class Static:
     """The data set's own rows, as they are: `sft` (no rejected side), `dpo` and `orpo`."""
 
-    def __init__(self, rows: Sequence[Pair], *, batch_size: int, seed: int) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+    def __init__(self, rows: Sequence[Pair], settings: Settings) -> None:
+        self.rows, self.settings = rows, settings
         self.metrics: dict[str, float] = {}
         self.fresh: list[SegmentPair] = []
         self.picked: list[int] = []
 
     def before_step(self, t: int) -> list[Pair]:
         """The batch's rows."""
-        self.picked = batch_indices(t, self.batch_size, len(self.rows), self.seed)
+        c = self.settings
+        self.picked = batch_indices(t, c.batch_size, len(self.rows), c.seed)
         return [self.rows[i] for i in self.picked]
 
     def eval_pairs(self, rows: Sequence[Pair]) -> list[Pair]:

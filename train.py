@@ -53,10 +53,11 @@ __all__ = ["Config", "Trainer", "dpo_loss", "main", "orpo_loss"]  # the losses a
 
 
 @dataclass
-class Config:
+class Config(sapo.Settings):
     """Every flag, with its default and where that comes from. The string under a field is its help.
 
-    [code] is the official SAPO code, [spin] that of SPIN, [ours] our own choice.
+    Those of the methods are inherited from their files. [code] is the official SAPO code, [spin]
+    that of SPIN, [ours] our own choice.
     """
 
     method: Literal["sft", "dpo", "orpo", "spin", "sapo"] = "sapo"
@@ -77,14 +78,10 @@ class Config:
     "go on from the newest whole checkpoint in --out"
     chat_template: Literal["chatml", "zephyr", "llama3"] | None = None
     "a chat template by name, for a base model that has none of its own"
-    seed: int = 42  # [code]
-    "everything drawn at random follows from it"
     steps: int | None = None
     "optimizer steps; default: as --epochs says"
     epochs: float = 4.0  # [code]
     "passes over the training rows; spin: over the pairs of each iteration"
-    batch_size: int = 64  # [code]
-    "pairs per optimizer step, over all ranks"
     micro_batch_size: int = 4  # [ours]
     "pairs per forward pass and rank; it bounds memory and changes nothing else"
     lr: float = 5e-7  # [code]
@@ -111,38 +108,12 @@ class Config:
     "weight of an added NLL term on the chosen side, per response token"
     orpo_lambda: float = 0.05  # [code]
     "weight of ORPO's odds-ratio term"
-    max_length: int = 2048  # [code]
-    "tokens of prompt and response; longer responses are cut"
     max_prompt_length: int | None = None  # [code]: 1792, of 2048
     "rows whose prompt has this many tokens or more are dropped; default: 7/8 of --max-length"
-    segment_length: str = "256"  # [code]
-    "tokens of a regenerated segment, or full"
-    segment_rule: Literal["official", "uniform"] = "official"  # [code]
-    "where a segment may start; uniform: also up to the end of the response"
-    ema_decay: float = 0.5  # [code]
-    "ema <- decay * ema + (1 - decay) * policy"
-    ema_every: int = 1  # [code]; the paper's text says 2
-    "steps between updates of the EMA"
-    replay_capacity: int = 2000  # [code], there on each rank
-    "pairs in the replay buffer, over all ranks; 0: train on the fresh pairs"
-    ref_update: Literal["ema", "policy", "fixed"] = "ema"  # [code]
-    "what the reference is refreshed from"
-    ref_update_every: int | None = None  # [code]: 108, its epoch
-    "steps between refreshes of the reference; default: one epoch"
-    responses_per_prompt: int = 1  # [code]
-    "rewrites of each row and step"
-    sample_every: int = 1  # [code]
-    "steps between generations; between them pairs come from the buffer alone"
-    drop_identical: bool = False  # [code]
-    "keep pairs whose two sides are equal out of the buffer"
-    iterations: int = 4  # [spin]
-    "spin: how often the opponent becomes the policy as it then is"
     iteration_lr: list[float] | None = None  # the paper: 5e-7, then 1e-7
     "spin: peak learning rates of the iterations, the last for all that remain; default: --lr"
     iteration_beta: list[float] | None = None  # the paper: 0.1, in the last iteration 5.0
     "spin: betas of the iterations, the last for all that remain; default: --beta"
-    max_new_tokens: int = 256  # [spin]
-    "spin: tokens of an opponent's response, at most"
     temperature: float = 0.7  # [code]; [spin]: 1.0
     "of sampled tokens; 0 is greedy; --method spin alone makes it 1.0"
     top_k: int = 50  # [code]; [spin]: all
@@ -471,22 +442,14 @@ class Trainer:
         if c.method in ("sft", "dpo", "orpo"):
             if c.method == "sft":
                 rows = [Pair(row.prompt, row.chosen, []) for row in rows]
-            return sapo.Static(rows, batch_size=c.batch_size, seed=c.seed)
+            return sapo.Static(rows, c)
         if c.method == "spin":
-            return sapo.SPIN(
-                rows, self.policy, self.models["reference"], self.generate, starts=self.starts,
-                batch_size=c.batch_size, seed=c.seed, max_length=c.max_length,
-                max_new_tokens=c.max_new_tokens,
-            )  # fmt: skip
-        names = "batch_size seed max_length segment_rule ema_decay ema_every ref_update"
-        names += " responses_per_prompt sample_every drop_identical"
-        settings: dict[str, Any] = {name: getattr(c, name) for name in names.split()}
-        settings["segment_length"] = int(c.segment_length.replace("full", str(c.max_length)))
-        settings |= {"ref_update_every": ref_update_every, "eos_ids": self.job.tokenizer.eos_ids}
-        settings["phase"] = self.phase
-        buffer = sapo.ReplayBuffer(c.replay_capacity, c.seed) if c.replay_capacity else None
+            opponent = self.models["reference"]
+            return sapo.SPIN(rows, self.policy, opponent, self.generate, c, self.starts)
         models = (self.policy, self.models["ema"], self.models.get("reference"))
-        return sapo.SAPO(rows, *models, self.generate, buffer, **settings)
+        settings = dataclasses.replace(c, ref_update_every=ref_update_every)
+        eos_ids = self.job.tokenizer.eos_ids
+        return sapo.SAPO(rows, *models, self.generate, settings, eos_ids, self.phase)
 
     def train(self) -> None:
         """The loop. t counts optimizer updates done."""

@@ -15,6 +15,7 @@ from sapo import (
     Drift,
     ReplayBuffer,
     SegmentPair,
+    Settings,
     Static,
     batch_indices,
     choose_segment,
@@ -176,16 +177,16 @@ class Recorder:
         return [self.new[:budget] for budget in budgets], [-1.0] * len(budgets)
 
 
-def source(recorder: Recorder, buffer: ReplayBuffer | None, **flags: object) -> SAPO:
+def source(recorder: Recorder, capacity: int = 0, **flags: object) -> SAPO:
     rows = [Pair([1, i], [10 + i, 20 + i, 30 + i, 40 + i, 50 + i, EOS], []) for i in range(4)]
-    settings = {"batch_size": 2, "seed": 0, "max_length": 64, "eos_ids": [EOS]}
-    settings |= {"segment_length": 2, "segment_rule": "uniform", "ref_update_every": 3} | flags
+    settings = {"batch_size": 2, "seed": 0, "max_length": 64, "replay_capacity": capacity}
+    settings |= {"segment_length": "2", "segment_rule": "uniform", "ref_update_every": 3} | flags
     models = (weights(1.0), weights(1.0), weights(1.0))
-    return SAPO(rows, *models, recorder, buffer, **settings)
+    return SAPO(rows, *models, recorder, Settings(**settings), [EOS])
 
 
 def test_ema_and_reference_move_at_their_steps_and_in_order() -> None:
-    sapo = source(Recorder([7, 7]), None)
+    sapo = source(Recorder([7, 7]))
     emas, references = [], []
     for t in range(5):
         sapo.before_step(t)
@@ -198,7 +199,7 @@ def test_ema_and_reference_move_at_their_steps_and_in_order() -> None:
 
 @pytest.mark.parametrize(("mode", "expected"), [("policy", 4.0), ("fixed", 1.0), ("ema", 3.125)])
 def test_the_reference_is_refreshed_from_what_the_flag_says(mode: str, expected: float) -> None:
-    sapo = source(Recorder([7, 7]), None, ref_update=mode)
+    sapo = source(Recorder([7, 7]), ref_update=mode)
     for t in range(4):
         sapo.before_step(t)
         sapo.policy.weight.data += 1
@@ -206,7 +207,7 @@ def test_the_reference_is_refreshed_from_what_the_flag_says(mode: str, expected:
 
 
 def test_every_second_step_updates_the_ema_if_so_asked() -> None:
-    sapo = source(Recorder([7, 7]), None, ema_every=2)
+    sapo = source(Recorder([7, 7]), ema_every=2)
     emas = []
     for t in range(5):
         sapo.before_step(t)
@@ -217,7 +218,7 @@ def test_every_second_step_updates_the_ema_if_so_asked() -> None:
 
 def test_fresh_pairs_are_the_gold_with_the_segment_rewritten_by_the_ema() -> None:
     recorder = Recorder([7, 8])
-    sapo = source(recorder, None)
+    sapo = source(recorder)
     batch = sapo.before_step(0)
     assert recorder.models == [sapo.ema]
     assert len(batch) == 2
@@ -233,7 +234,7 @@ def test_fresh_pairs_are_the_gold_with_the_segment_rewritten_by_the_ema() -> Non
 def test_cuts_and_seeds_are_new_each_step_and_the_same_each_run() -> None:
     one, other = Recorder([7, 8]), Recorder([7, 8])
     for recorder in (one, other):
-        sapo = source(recorder, None)
+        sapo = source(recorder)
         for t in range(6):
             sapo.before_step(t)
     assert one.prompts == other.prompts
@@ -243,23 +244,22 @@ def test_cuts_and_seeds_are_new_each_step_and_the_same_each_run() -> None:
 
 
 def test_the_batch_comes_from_the_buffer() -> None:
-    buffer = ReplayBuffer(100, seed=0)
-    sapo = source(Recorder([7, 8]), buffer)
+    sapo = source(Recorder([7, 8]), 100)
     sizes = []
     for t in range(5):
         assert len(sapo.before_step(t)) == 2
-        sizes.append(len(buffer))
+        sizes.append(len(sapo.buffer))
     assert sizes == [2, 4, 6, 8, 10]
     assert sapo.metrics["replay/size"] == 10
 
 
 def test_more_responses_a_prompt_and_fewer_generations() -> None:
-    recorder, buffer = Recorder([7, 8]), ReplayBuffer(100, seed=0)
-    sapo = source(recorder, buffer, responses_per_prompt=3, sample_every=2)
+    recorder = Recorder([7, 8])
+    sapo = source(recorder, 100, responses_per_prompt=3, sample_every=2)
     sizes = []
     for t in range(4):
         sapo.before_step(t)
-        sizes.append(len(buffer))
+        sizes.append(len(sapo.buffer))
     assert sizes == [6, 6, 12, 12]
     assert len(set(recorder.seeds)) == 12
 
@@ -273,16 +273,15 @@ def test_identical_pairs_are_counted_and_dropped_on_request() -> None:
                 for prompt, budget in zip(prompts, budgets, strict=True)
             ], [0.0] * len(prompts)
 
-    buffer = ReplayBuffer(100, seed=0)
-    sapo = source(Copying([]), buffer)
+    sapo = source(Copying([]), 100)
     assert all(pair.chosen == pair.rejected for pair in sapo.before_step(0))
     assert sapo.metrics["segment/identical"] == 1
-    sapo = source(Copying([]), ReplayBuffer(100, seed=0), drop_identical=True)
+    sapo = source(Copying([]), 100, drop_identical=True)
     assert sapo.before_step(0) == []
 
 
 def test_evaluation_keeps_given_rejected_sides_and_rewrites_the_rest() -> None:
-    sapo = source(Recorder([7, 8]), None)
+    sapo = source(Recorder([7, 8]))
     held_out = [Pair([1], [2, 3, EOS], [4, EOS]), Pair([1], [2, 3, 4, 5, EOS], [])]
     first = sapo.eval_pairs(held_out)
     assert first[0] == held_out[0]
@@ -292,7 +291,7 @@ def test_evaluation_keeps_given_rejected_sides_and_rewrites_the_rest() -> None:
 
 def test_static_rows_come_as_they_are() -> None:
     rows = pairs(6)
-    static = Static(rows, batch_size=6, seed=0)
+    static = Static(rows, Settings(batch_size=6, seed=0))
     assert sorted(static.before_step(0)) == rows
     assert static.eval_pairs(rows[:2]) == rows[:2]
 

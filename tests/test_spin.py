@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import train
 from data import Pair
-from sapo import SPIN, spin_starts
+from sapo import SPIN, Settings, spin_starts
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -45,7 +45,7 @@ class Opponent:
 def source(opponent: Opponent, starts: list[int], **flags: Any) -> SPIN:
     rows = [Pair([1, i], [10 + i, EOS], []) for i in range(4)]
     settings = {"batch_size": 4, "seed": 0, "max_length": 64} | flags
-    return SPIN(rows, weights(0), weights(0), opponent, starts=starts, **settings)
+    return SPIN(rows, weights(0), weights(0), opponent, Settings(**settings), starts)
 
 
 def test_iterations_pass_equally_often_over_their_pairs() -> None:
