@@ -20,15 +20,23 @@ Whatever a file holds, what is wrong with it is an `InputError` of one line.
 """
 
 import base64
+import http.client
 import json
 import random
 import re
 import string
+import threading
+import time
 import unicodedata
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from difflib import SequenceMatcher
+from email.utils import parsedate_to_datetime
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,19 +170,63 @@ def load_prompts(path: str | Path) -> list[list[dict[str, str]]]:
 
     A last turn of the assistant is left out. Raises InputError naming file and line.
     """
-    conversations = []
-    for where, row in _rows(Path(path)):
-        key = next((k for k in ("prompt", "messages") if isinstance(row, dict) and k in row), None)
-        if key is None:
-            raise InputError(f"{where}: should be an object with 'prompt' or 'messages'")
-        turns = _turns(row[key], key, "user", where)
-        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-        if not turns or turns[-1]["role"] != "user":
-            raise InputError(f"{where}: {key!r} has no user's turn at its end to answer")
-        conversations.append(turns)
+    conversations = [_conversation(row, where) for where, row in _rows(Path(path))]
     if not conversations:
         raise InputError(f"no rows in {path}: give at least one")
     return conversations
+
+
+def _conversation(row: Any, where: str) -> list[dict[str, str]]:
+    """The turns of a row up to one of the user's."""
+    key = next((k for k in ("prompt", "messages") if isinstance(row, dict) and k in row), None)
+    if key is None:
+        raise InputError(f"{where}: should be an object with 'prompt' or 'messages'")
+    turns = _turns(row[key], key, "user", where)
+    turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    if not turns or turns[-1]["role"] != "user":
+        raise InputError(f"{where}: {key!r} has no user's turn at its end to answer")
+    return turns
+
+
+def load_asks(paths: Sequence[str | Path]) -> list[Example]:
+    """Rows of prompts with or without responses, which are "" where there is none."""
+    examples = []
+    for where, row in (found for path in paths for found in _rows(Path(path))):
+        answered = isinstance(row, dict) and any(key in row for key in RESPONSE_KEYS[:3])
+        if isinstance(row, dict) and isinstance(turns := row.get("messages"), list) and turns:
+            answered |= isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant"
+        if answered:
+            examples.append(_example(row, where, rejected=False))
+        else:
+            examples.append(Example(tuple(_conversation(row, where)), "", None, where))
+    if not examples:
+        raise InputError(f"no rows in {', '.join(map(str, paths))}: give at least one")
+    return examples
+
+
+class Target(NamedTuple):
+    """An answer to a conversation, and the improvement of it that the improver is to learn."""
+
+    messages: Messages
+    response: str
+    improved: str
+
+
+def load_targets(path: str | Path) -> list[Target]:
+    """Rows of {"prompt" (text or messages), "response", "improved"}; those whose `improved` is
+    null are left out. Raises InputError naming file and line."""
+    targets = []
+    for where, row in _rows(Path(path)):
+        messages = _conversation(row, where)
+        if row.get("improved", "") is None:
+            continue
+        texts = [row.get(key) for key in ("response", "improved")]
+        if not all(isinstance(text, str) for text in texts) or not texts[1].strip():
+            raise InputError(f"{where}: 'response' and 'improved' should be text")
+        targets.append(Target(messages, *texts))
+    if not targets:
+        raise InputError(f"no targets in {path}: give at least one")
+    return targets
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -311,6 +363,132 @@ def _reading(what: str) -> Iterator[None]:
         raise InputError(f"{what} is malformed ({detail}); copy it from the checkpoint") from None
 
 
+# ----------------------------------------------------------------------- a stronger model's answers
+
+
+class Again(Exception):
+    """A request failed in a way that may pass; `after`: the seconds that the server asked for."""
+
+    def __init__(self, why: str, after: float | None = None) -> None:
+        super().__init__(why)
+        self.after = after
+
+
+class Unmoved(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection, which would take the key to wherever it leads."""
+
+    def redirect_request(self, *args: Any) -> None:
+        """No."""
+
+
+@dataclass
+class TargetServer:
+    """Asks a model on an OpenAI-compatible server, several questions at a time.
+
+    Waits and asks again on 408, 429, 5xx, time-outs, dropped connections and replies that are no
+    chat completion: as long as Retry-After says, or 1, 2, 4, ... `pause`s, `tries` times in all.
+    The key goes into a header and nowhere else.
+    """
+
+    url: str  # http://HOST/v1
+    model: str
+    key: str | None
+    workers: int = 8
+    timeout: float = 120.0  # seconds
+    tries: int = 8
+    pause: float = 1.0  # seconds
+
+    def __post_init__(self) -> None:
+        self.stopping = threading.Event()
+        self.opener = urllib.request.build_opener(Unmoved)
+
+    def ask_all(self, questions: Sequence[Messages]) -> Iterator[tuple[int, str | None, str]]:
+        """(index, answer, "") as answers come, in any order; (index, None, why) for one that is
+        empty, refused or cut. Raises InputError where to ask on is no use."""
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            asked = {pool.submit(self.ask, turns): i for i, turns in enumerate(questions)}
+            for done in as_completed(asked):
+                yield (asked[done], *done.result())
+        finally:
+            self.stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def ask(self, messages: Messages) -> tuple[str | None, str]:
+        """One answer, or None and why."""
+        body, why = json.dumps({"model": self.model, "messages": list(messages)}).encode(), ""
+        for attempt in range(self.tries):
+            try:
+                return self.read(self.post(body))
+            except Again as error:
+                why, wait = str(error), error.after
+            wait = (
+                self.pause * min(64, 2**attempt) * (0.5 + random.random()) if wait is None else wait
+            )
+            if attempt + 1 < self.tries and self.stopping.wait(wait):
+                return None, "stopped"
+        raise InputError(
+            f"{self.url}: gave up after {self.tries} tries ({why}); --resume asks for the rest"
+        )
+
+    def post(self, body: bytes) -> Any:
+        """The reply as JSON. Raises Again, or InputError."""
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
+        try:
+            with self.opener.open(request, timeout=self.timeout) as reply:
+                return json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            if error.code in (408, 429) or error.code >= 500:
+                raise Again(
+                    f"HTTP {error.code}", retry_after(error.headers.get("Retry-After") or "")
+                ) from None
+            known = {
+                401: "the key in OPENAI_API_KEY is not accepted",
+                403: "the key in OPENAI_API_KEY may not do this",
+                404: f"no such address, or no model {self.model!r}: see --target-model",
+            }
+            raise InputError(
+                f"{self.url}: HTTP {error.code}: {known.get(error.code) or self.reason(error)}"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+            raise Again(_line(error)) from None
+        except ValueError:
+            raise Again("the reply is not JSON") from None
+
+    def reason(self, error: urllib.error.HTTPError) -> str:
+        """The server's own words, without the key should it repeat it."""
+        with suppress(OSError, http.client.HTTPException):
+            text = error.read(2000).decode("utf-8", "replace")
+            return _short(text.replace(self.key, "***") if self.key else text, 300)
+        return str(error.reason)
+
+    def read(self, reply: Any) -> tuple[str | None, str]:
+        """The text in a chat completion."""
+        try:
+            choice = reply["choices"][0]
+            message, reason = choice["message"], choice.get("finish_reason")
+            text = message.get("content") or ""
+            if message.get("refusal") or reason == "content_filter":
+                return None, "refused"
+            if reason == "length":
+                return None, "cut"
+            return (text.strip(), "") if text.strip() else (None, "empty")
+        except (LookupError, TypeError, AttributeError):
+            raise Again("the reply is no chat completion") from None
+
+
+def retry_after(value: str) -> float | None:
+    """The seconds that a Retry-After header, of seconds or of a date, asks to wait."""
+    if value.strip().isdecimal():
+        return float(value)
+    with suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return None
+
+
 # -------------------------------------------------------------------------------------- tokenizers
 
 TOKENIZER_FILES = (
@@ -432,6 +610,10 @@ class Tokenizer:
                 f"{self.template_name} fails on this conversation ({detail}); "
                 f"mend one of them, or pass --chat-template {_NAMES}"
             ) from None
+
+    def strip_eos(self, ids: list[int]) -> list[int]:
+        """A response without the EOS at its end, if it has one."""
+        return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
 
     def end_turn(self, ids: list[int]) -> list[int]:
         """A rendered response through its last EOS, or with one where the template sets none."""
@@ -969,6 +1151,18 @@ def flawed_answer(answer: str, rng: random.Random) -> str:
         del steps[rng.randrange(len(steps))]
         return f"{'-'.join(steps)} > {result}"
     return f"{working}{rng.choice((' = ', ' : ', ' '))}{result}"  # a wrong separator
+
+
+def mend_answer(prompt: str, draft: str, rng: random.Random) -> str:
+    """What a stronger model might make of a draft: some of its errors mended, at least one. They
+    are the edits that lead from the draft to the right answer."""
+    right = right_answer(prompt)
+    edits = SequenceMatcher(None, draft, right, autojunk=False).get_opcodes()
+    wrong = [i for i, edit in enumerate(edits) if edit[0] != "equal"]
+    mended = {i for i in wrong if rng.random() < 0.5} | set(rng.sample(wrong, min(1, len(wrong))))
+    return "".join(
+        right[c:d] if i in mended else draft[a:b] for i, (_, a, b, c, d) in enumerate(edits)
+    )
 
 
 def check_answer(prompt: str, answer: str) -> bool:

@@ -3,10 +3,12 @@ curves, its pairs in colour, its first steps number by number.
 
     python sample.py --model OUT/final --prompt "Why is the sky blue?"
     python sample.py --model OUT/final --prompts questions.jsonl --out answers.jsonl
+    python sample.py --model OUT/final --prompt "Why is the sky blue?" --improve 3
 
 `--prompts` reads JSON or JSONL rows with `prompt` (text, or messages up to a user's turn) or
 `messages`; the last assistant turn of those, if there is one, is left out. The output holds a row
-{"prompt", "response"} for each, in the same order.
+{"prompt", "response"} for each, in the same order; with `--improve N` the response is the last of N
+improvements, and "drafts" has what came before.
 """
 
 import argparse
@@ -28,9 +30,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import data
+import sgpo
 from data import Pair
-from model import InputError, Transformer, generate, open_safetensors
+from model import InputError, Transformer, generate, hash_seed, open_safetensors, read_json
 from sapo import SegmentPair, pack
+
+IMPROVER_FILE = "improver_prompt.json"  # in a model's folder: how it was asked to improve answers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,7 +69,8 @@ class Parser(argparse.ArgumentParser):
             inner = hint if typing.get_origin(hint) in (list, Literal) else inner
             options: dict[str, Any] = {"default": argparse.SUPPRESS}
             default = getattr(kind, name)
-            options["help"] = text if default is None else f"{text} [{default}]"
+            brief = default is not None and "\n" not in str(default)
+            options["help"] = f"{text} [{default}]" if brief else text
             if inner is bool:
                 options["action"] = argparse.BooleanOptionalAction
             elif typing.get_origin(inner) is Literal:
@@ -118,6 +124,11 @@ class Flags:
     "rows decoded together"
     precision: Literal["fp32", "bf16"] = "fp32"
     "of weights and computation"
+    improve: int = 0
+    "how often the model then improves its own answer (--method sgpo); all are shown"
+    improver_instruction: str | None = None
+    "what asks for an improvement, with {prompt} and {answer}; default: what the model was \
+trained with"
 
 
 def parse_args(argv: Sequence[str]) -> Flags:
@@ -135,7 +146,7 @@ def parse_args(argv: Sequence[str]) -> Flags:
         raise InputError("--out goes with --prompts")
     for name, low, high in (
         ("max_new_tokens", 1, 10**6), ("temperature", 0, 1e6), ("top_k", 0, 10**9),
-        ("top_p", 1e-9, 1), ("seed", 0, 2**62), ("batch_size", 1, 10**6),
+        ("top_p", 1e-9, 1), ("seed", 0, 2**62), ("batch_size", 1, 10**6), ("improve", 0, 1000),
     ):  # fmt: skip
         check_range(name, getattr(flags, name), low, high)
     return flags
@@ -162,18 +173,43 @@ def answer(flags: Flags) -> None:
             file = stack.enter_context(partial.open("w", encoding="utf-8", errors="replace"))
         model = Transformer.from_pretrained(folder, dtype, device)
         check_vocabulary(tokenizer, model, folder)
-        new = generate(
-            model, prompts, flags.max_new_tokens, temperature=flags.temperature, seed=flags.seed,
-            top_k=flags.top_k, top_p=flags.top_p, eos_ids=tokenizer.eos_ids,
-            batch_size=flags.batch_size,
-        )  # fmt: skip
-        for turns, ids in zip(conversations, new, strict=True):
-            text = tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.eos_ids else ids)
+        answers = sample_answers(model, tokenizer, flags, conversations)
+        for turns, texts in zip(conversations, zip(*answers, strict=True), strict=True):
             prompt = turns[0]["content"] if len(turns) == 1 else turns
-            line = json.dumps({"prompt": prompt, "response": text}, ensure_ascii=False)
-            print(line if flags.prompts is not None else text, file=file)
+            row = {"prompt": prompt, "response": texts[-1]}
+            if flags.improve:
+                row["drafts"] = list(texts[:-1])
+            shown = f"\n\n{'-' * 20}\n\n".join(texts)
+            line = json.dumps(row, ensure_ascii=False)
+            print(line if flags.prompts is not None else shown, file=file)
     if flags.out is not None:
         partial.rename(flags.out)
+
+
+def sample_answers(
+    model: Transformer,
+    tokenizer: data.Tokenizer,
+    flags: Flags,
+    conversations: Sequence[data.Messages],
+) -> list[list[str]]:
+    """An answer to each conversation, then `flags.improve` times an improvement of the last."""
+    file = Path(flags.model or "") / IMPROVER_FILE
+    known = read_json(file).get("instruction") if file.exists() else None
+    instruction = flags.improver_instruction or known or sgpo.IMPROVER
+    if not isinstance(instruction, str):
+        raise InputError(f"{file}: 'instruction' should be text")
+    asked, answers = list(conversations), list[list[str]]()
+    for i in range(1 + flags.improve):
+        new = generate(
+            model, [tokenizer.apply_chat_template(turns, True) for turns in asked],
+            flags.max_new_tokens, temperature=flags.temperature, top_k=flags.top_k,
+            top_p=flags.top_p, eos_ids=tokenizer.eos_ids, batch_size=flags.batch_size,
+            seed=hash_seed(flags.seed, i) if i else flags.seed,
+        )  # fmt: skip
+        answers.append([tokenizer.decode(tokenizer.strip_eos(ids)) for ids in new])
+        both = zip(conversations, answers[-1], strict=True)
+        asked = [sgpo.improver_prompt(turns, text, instruction) for turns, text in both]
+    return answers
 
 
 def check_vocabulary(tokenizer: data.Tokenizer, model: Transformer, where: str | Path) -> None:

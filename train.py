@@ -1,4 +1,4 @@
-"""Align a language model with no preference data: SAPO, and SFT, DPO, ORPO and SPIN beside it.
+"""Align a language model with no preference data: SAPO and SGPO; SFT, DPO, ORPO, SPIN beside them.
 
     python train.py                                          # the embedded default, on any CPU
     torchrun --nproc_per_node 8 train.py --method sapo --recipe sapo-mistral-7b \\
@@ -9,19 +9,23 @@ Every preference method is a source of pairs with a loss on top:
 
     source.before_step(t) -> pairs (prompt, chosen, rejected)  ->  loss  ->  policy t + 1
 
-The sources and the losses are in sapo.py. Here are, in this order: the flags, the ranks (the only
-place that knows of more than one process), the trainer with its one loop, and the whole run.
+The sources and the losses are in sapo.py and sgpo.py. Here are, in this order: the flags, the ranks
+(the only place that knows of more than one process), the trainer with its one loop, SGPO's first
+phase, and the whole run.
 
 Shapes: N pairs. Log-probs are sums over response tokens, in nats, unless a name says mean.
 """
 
 import argparse
 import bisect
+import collections
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
@@ -43,8 +47,9 @@ import data
 import model as lm
 import sample
 import sapo
+import sgpo
 from data import Pair
-from model import InputError, Transformer
+from model import InputError, Transformer, hash_seed
 from sapo import dpo_loss, orpo_loss
 
 __all__ = ["Config", "Trainer", "dpo_loss", "main", "orpo_loss"]  # the losses are sapo.py's
@@ -53,14 +58,14 @@ __all__ = ["Config", "Trainer", "dpo_loss", "main", "orpo_loss"]  # the losses a
 
 
 @dataclass
-class Config(sapo.Settings):
+class Config(sgpo.Settings):
     """Every flag, with its default and where that comes from. The string under a field is its help.
 
     Those of the methods are inherited from their files. [code] is the official SAPO code, [spin]
     that of SPIN, [ours] our own choice.
     """
 
-    method: Literal["sft", "dpo", "orpo", "spin", "sapo"] = "sapo"
+    method: Literal["sft", "dpo", "orpo", "spin", "sapo", "sgpo"] = "sapo"
     "where the pairs come from"
     loss: Literal["dpo", "ipo", "hinge", "orpo"] | None = None  # [code] has dpo and orpo
     "the loss on the pairs; default: dpo, and orpo for --method orpo"
@@ -79,9 +84,10 @@ class Config(sapo.Settings):
     chat_template: Literal["chatml", "zephyr", "llama3"] | None = None
     "a chat template by name, for a base model that has none of its own"
     steps: int | None = None
-    "optimizer steps; default: as --epochs says"
+    "optimizer steps; sgpo: of phase 2, in each round; default: as --epochs says"
     epochs: float = 4.0  # [code]
-    "passes over the training rows; spin: over the pairs of each iteration"
+    "passes over the training rows; spin: over the pairs of each iteration; sgpo: over the prompts \
+of phase 2, in each round"
     micro_batch_size: int = 4  # [ours]
     "pairs per forward pass and rank; it bounds memory and changes nothing else"
     lr: float = 5e-7  # [code]
@@ -146,18 +152,22 @@ TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
     "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": 1e-4, "max_length": 128,
     "segment_length": "8", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
     "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256,
+    "max_new_tokens": 40, "improver_lr": 1e-3, "improver_epochs": 20.0, "responses_per_prompt": 1,
+    "improver_instruction": data.REWRITE_PROMPT.replace("{draft}", "{answer}"),
 }  # fmt: skip
-RECIPES: dict[str, dict[str, Any]] = {"tasks": TASKS, **sapo.RECIPES}
+RECIPES: dict[str, dict[str, Any]] = {"tasks": TASKS, **sapo.RECIPES, **sgpo.RECIPES}
 RECIPES |= {f"tasks-{name}": TASKS | change for name, change in sapo.ABLATIONS.items()}
 OWN: dict[str, dict[str, Any]] = {"spin": {"temperature": 1.0, "top_k": 0, "top_p": 1.0}}  # [spin]
 READ_BY = {  # flags that only these methods read
-    **dict.fromkeys(("segment_length", "segment_rule", "ema_decay", "ema_every"), ("sapo",)),
-    **dict.fromkeys(("replay_capacity", "ref_update", "ref_update_every"), ("sapo",)),
-    **dict.fromkeys(("responses_per_prompt", "sample_every", "drop_identical"), ("sapo",)),
-    **dict.fromkeys(("iterations", "iteration_lr", "iteration_beta", "max_new_tokens"), ("spin",)),
-    **dict.fromkeys(("temperature", "top_k", "top_p"), ("sapo", "spin")),
-    **dict.fromkeys(("generate_batch_size", "show_every"), ("sapo", "spin")),
-}
+    **dict.fromkeys(vars(sapo.Settings)["__annotations__"], ("sapo",)),
+    **dict.fromkeys(vars(sgpo.Settings)["__annotations__"], ("sgpo",)),
+    **dict.fromkeys(("iterations", "iteration_lr", "iteration_beta"), ("spin",)),
+    **dict.fromkeys(("temperature", "top_k", "top_p"), ("sapo", "spin", "sgpo")),
+    **dict.fromkeys(("generate_batch_size", "show_every"), ("sapo", "spin", "sgpo")),
+    "max_new_tokens": ("spin", "sgpo"), "responses_per_prompt": ("sapo", "sgpo"),
+}  # fmt: skip
+for _name in ("seed", "batch_size", "max_length"):
+    del READ_BY[_name]  # all do
 START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
     "method": "sft", "loss": None, "steps": 1800, "batch_size": 32, "micro_batch_size": 32,
     "lr": 4e-3, "optimizer": "adamw", "adam_beta2": 0.98, "warmup": 80.0, "schedule": "linear",
@@ -185,7 +195,9 @@ RANGES = {  # the smallest and the largest value of each number
     "ema_decay": (0, 1), "top_p": (1e-9, 1), "adam_beta2": (0, 1 - 1e-9), "seed": (0, 2**62),
     "label_smoothing": (0, 0.5), "max_length": (2, 1e7), "max_prompt_length": (2, 1e7),
     "replay_capacity": (0, 1e9), "responses_per_prompt": (1, 1e4), "iterations": (1, 1e4),
-    "max_new_tokens": (1, 1e7), "trace_steps": (1, 1e6),
+    "max_new_tokens": (1, 1e7), "trace_steps": (1, 1e6), "rounds": (1, 1e4),
+    "improver_epochs": (1e-9, 1e6), "improver_lr": (1e-30, 1e3), "improver_mix": (0, 0.99),
+    "fence_k": (0, 1e6), "target_workers": (1, 1000), "target_timeout": (1e-3, 1e6),
 }  # fmt: skip
 
 
@@ -260,9 +272,26 @@ def check(config: Config) -> Config:
             "--length-normalize is for the dpo, ipo and hinge losses; SFT and ORPO "
             "are per token as they are"
         )
+    if config.method == "sgpo":
+        check_sgpo(config)
     if config.chat_template and config.model is None:
         raise InputError("--chat-template is for --model: the built-in start has its own")
     return config
+
+
+def check_sgpo(config: Config) -> None:
+    """The same for SGPO's flags; says which source of targets is meant by default."""
+    config.model = config.improver or config.model
+    source = config.target_source or ("tasks" if config.data is None else "gold")
+    config.target_source = source
+    if is_url(config) and not config.target_model:
+        raise InputError("--target-source is a URL, so --target-model must say which model to ask")
+    if source == "tasks" and config.data is not None:
+        raise InputError("--target-source tasks mends the built-in tasks, and --data is given")
+    for name in ("improver_instruction", "target_instruction"):
+        for part in ("{prompt}", "{answer}"):
+            if part not in getattr(config, name):
+                raise InputError(f"--{name.replace('_', '-')} holds no {part}")
 
 
 # -------------------------------------------------------------------------------------- the ranks
@@ -288,7 +317,8 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            patience = datetime.timedelta(days=7)  # one rank asks for targets, the others wait
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
             self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
 
     @property
@@ -389,6 +419,10 @@ class Job:
     checkpoints: Path | None = None
     test: Callable[[Transformer], dict[str, float]] | None = None  # more held-out metrics
     trace: sample.Trace | None = None
+    asks: Sequence[sgpo.Ask] = ()  # SGPO's prompts
+    on_tasks: bool = False  # answers can be checked
+    before: int = 0  # steps of the phases before this one
+    phase: str = ""  # its name, where it is not the method's
 
 
 # What `Trainer.score` tells of each pair. The last five: the log-probs of B, of B', of C after B
@@ -407,12 +441,6 @@ class Trainer:
 
     def __init__(self, config: Config, job: Job, ranks: Ranks) -> None:
         self.config, self.job, self.ranks = config, job, ranks
-        epoch = len(job.rows) / config.batch_size  # in steps
-        passes = config.epochs * (2 * config.iterations - 1 if config.method == "spin" else 1)
-        self.steps = config.steps or max(1, math.ceil(passes * epoch - 1e-9))
-        self.starts = [0]  # where the learning rate's schedule begins, of SPIN in each iteration
-        if config.method == "spin":
-            self.starts = sapo.spin_starts(self.steps, config.iterations)
         self.beta, self.drift = config.beta, sapo.Drift()
         self.seconds: dict[str, float] = {}
         self.generated = 0  # tokens, in this step
@@ -425,7 +453,21 @@ class Trainer:
             self.models["ema"] = ranks.build(job.start, config, learns=False)
         if config.method == "spin" or config.loss not in (None, "orpo"):
             self.models["reference"] = ranks.build(job.start, config, learns=False)
-        self.source = self.make_source(config.ref_update_every or math.ceil(epoch))
+        self.take(job.rows)
+
+    def take(self, rows: list[Pair]) -> None:
+        """Makes these rows what is trained on: the number of steps follows, and the source."""
+        c, self.job.rows = self.config, rows
+        epoch = len(self.job.asks or rows) / c.batch_size  # in steps
+        passes = c.epochs * (2 * c.iterations - 1 if c.method == "spin" else 1)
+        self.steps = c.steps or max(1, math.ceil(passes * epoch - 1e-9))
+        self.starts = [0]  # of the learning rate's schedule, in SPIN's iterations and SGPO's rounds
+        if c.method == "spin":
+            self.starts = sapo.spin_starts(self.steps, c.iterations)
+        if c.method == "sgpo":
+            self.starts = [self.steps * i for i in range(c.rounds)]
+            self.steps *= c.rounds
+        self.source = self.make_source(c.ref_update_every or math.ceil(epoch))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """RMSprop or AdamW, one multi-tensor pass a step."""
@@ -446,10 +488,24 @@ class Trainer:
         if c.method == "spin":
             opponent = self.models["reference"]
             return sapo.SPIN(rows, self.policy, opponent, self.generate, c, self.starts)
-        models = (self.policy, self.models["ema"], self.models.get("reference"))
-        settings = dataclasses.replace(c, ref_update_every=ref_update_every)
         eos_ids = self.job.tokenizer.eos_ids
-        return sapo.SAPO(rows, *models, self.generate, settings, eos_ids, self.phase)
+        if c.method == "sgpo":
+            tokenizer, steps = self.job.tokenizer, self.steps // c.rounds
+            check = data.check_answer if self.job.on_tasks else None
+            known = (self.job.asks, self.policy, self.generate, c, tokenizer, steps)
+            return sgpo.SGPO(*known, self.gold_scores, check)
+        models = (self.policy, self.models["ema"], self.models.get("reference"))
+        c = dataclasses.replace(c, ref_update_every=ref_update_every)
+        return sapo.SAPO(rows, *models, self.generate, c, eos_ids, self.phase)
+
+    def gold_scores(self, rows: Sequence[Pair]) -> list[float]:
+        """Summed log-probs of responses under the reference, or the policy where there is none."""
+        stats = self.score(rows, False, self.models.get("reference"))
+        return stats[:, COLUMNS.index("logps/chosen")].tolist()
+
+    def text(self, ids: list[int]) -> str:
+        """A response as text, without its EOS."""
+        return self.job.tokenizer.decode(self.job.tokenizer.strip_eos(ids))
 
     def train(self) -> None:
         """The loop. t counts optimizer updates done."""
@@ -460,7 +516,8 @@ class Trainer:
             t += 1
             if t == self.steps or (self.config.eval_every and t % self.config.eval_every == 0):
                 row |= self.evaluate()
-            if t % self.config.log_every == 0 or t == self.steps or "seconds/eval" in row:
+            told = {"seconds/eval", "improve/pairs"} & row.keys()
+            if t % self.config.log_every == 0 or t == self.steps or told:
                 self.log(t, row, (time.perf_counter() - began) / (t - first))
             if self.config.save_every and t % self.config.save_every == 0:
                 self.save(t)
@@ -470,12 +527,13 @@ class Trainer:
         """One update: pairs, gradients over micro-batches, clipping, the optimizer. Its row."""
         c, began = self.config, time.perf_counter()
         iteration, first, _ = self.stretch(t)
-        if t == first:  # SPIN's iterations are runs of their own
+        if t == first:  # SPIN's iterations and SGPO's rounds are runs of their own
             self.optimizer.state.clear()
         self.beta = nth(c.iteration_beta, iteration, c.beta)
         self.seconds, self.generated = {}, 0
         with self.phase("source"):
             pairs = self.source.before_step(t)
+        self.write_pairs()
         row = {"lr": self.lr_at(t), "pairs": float(len(pairs)), "grad_norm": 0.0}
         stats = torch.zeros(0, len(COLUMNS), dtype=torch.float64)
         if pairs:
@@ -491,14 +549,25 @@ class Trainer:
         tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
         row["tokens_per_second"] = tokens / (time.perf_counter() - began)
         row |= self.source.metrics | {f"seconds/{k}": v for k, v in self.seconds.items()}
-        self.record(t + 1, pairs, stats, row)
+        self.record(self.job.before + t + 1, pairs, stats, row)
         return row
+
+    def write_pairs(self) -> None:
+        """Appends what SGPO's source has just made to pairs.jsonl, as rows that --data reads."""
+        if not (isinstance(self.source, sgpo.SGPO) and self.source.fresh and self.ranks.first):
+            return
+        with self.job.metrics.with_name("pairs.jsonl").open("a", encoding="utf-8") as file:
+            for ask, pair in zip(self.source.asked, self.source.fresh, strict=True):
+                row = {"round": self.source.round, "prompt": as_prompt(ask.messages)}
+                row |= {"chosen": self.text(pair.chosen), "rejected": self.text(pair.rejected)}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def record(self, step: int, pairs: list[Pair], stats: Tensor, row: dict[str, float]) -> None:
         """The step, for --trace: the policy's norm is that after it, the EMA's that within it."""
         if self.job.trace is None or step > self.config.trace_steps:
             return
-        norms = {f"norm/{name}": self.norm(model) for name, model in self.models.items()}
+        norms = {f"norm/{name}": math.nan for name in ("policy", "ema", "reference")}
+        norms |= {f"norm/{name}": self.norm(model) for name, model in self.models.items()}
         if self.ranks.first:
             scalars = {key: row.get(key, math.nan) for key in ("loss", "nll", "grad_norm", "lr")}
             scalars |= norms | {"beta": self.beta}
@@ -512,7 +581,7 @@ class Trainer:
         return math.sqrt(float(self.ranks.sum(torch.as_tensor(squares))))
 
     def stretch(self, t: int) -> tuple[int, int, int]:
-        """The number, first step and end of the iteration of step t; only SPIN has several."""
+        """The number, first step and end of the iteration or round of step t."""
         number = bisect.bisect_right(self.starts, t) - 1
         return number, self.starts[number], [*self.starts, self.steps][number + 1]
 
@@ -534,7 +603,9 @@ class Trainer:
             return peak * math.sqrt(max(1, warmup) / (t + 1))
         return peak
 
-    def score(self, pairs: Sequence[Pair], learn: bool) -> Tensor:
+    def score(
+        self, pairs: Sequence[Pair], learn: bool, policy_model: Transformer | None = None
+    ) -> Tensor:
         """(N, 12) float64 on every rank, COLUMNS in the pairs' order; `learn`: the gradient too.
 
         Each rank takes every world-th pair in order of length, so that all have alike work. Where
@@ -560,7 +631,7 @@ class Trainer:
                 with self.phase("reference"), torch.no_grad():
                     reference = [*lm.pair_logprobs(self.models["reference"], batch)]
             with self.phase("policy"), torch.set_grad_enabled(learn):
-                parts = lm.pair_token_logprobs(self.policy, batch)
+                parts = lm.pair_token_logprobs(policy_model or self.policy, batch)
                 policy = lm.pair_sums(parts)
                 losses, *rewards = sapo.pair_loss(c.loss, policy, reference, *constants)
                 loss = (losses * weights).sum() / count
@@ -667,7 +738,8 @@ class Trainer:
         """Appends the row to metrics.jsonl and prints the line that a person reads."""
         if not self.ranks.first:
             return
-        whole = {"step": step, "phase": self.config.method} | row
+        name = self.job.phase or self.config.method
+        whole = {"step": self.job.before + step, "phase": name} | row
         with self.job.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(whole) + "\n")
         names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
@@ -675,7 +747,7 @@ class Trainer:
         shown = " ".join(f"{names[k]} {row[k]:.4g}" for k in names if k in row)
         left = round(pace * (self.steps - step))
         clock = f"{1 / pace:.2f} steps/s {left // 60}:{left % 60:02} left"
-        print(f"{self.config.method} {step}/{self.steps} {shown} {clock}", flush=True)
+        print(f"{name} {step}/{self.steps} {shown} {clock}", flush=True)
 
     # What a run leaves behind. All ranks call these: the weights are gathered by all of them.
 
@@ -691,6 +763,9 @@ class Trainer:
             raw = lm.read_json(file) if file.exists() else {}
             raw["eos_token_id"] = list(self.job.tokenizer.eos_ids)
             file.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+            if self.config.method == "sgpo" or self.job.phase == "improver":  # for --improve
+                said = json.dumps({"instruction": self.config.improver_instruction}, indent=2)
+                (folder / sample.IMPROVER_FILE).write_text(said + "\n", encoding="utf-8")
         fetch = lambda name: self.ranks.whole(parameters[name]).to(dtype).cpu()  # noqa: E731
         lm.write_weights(folder, sizes, fetch, self.ranks.first)
 
@@ -702,7 +777,8 @@ class Trainer:
     def save(self, step: int) -> None:
         """checkpoints/step-N: models, optimizer and source after N updates."""
         if self.job.checkpoints is not None:
-            self.publish(self.job.checkpoints / f"step-{step}", self.write_checkpoint)
+            number = self.job.before + step
+            self.publish(self.job.checkpoints / f"step-{number}", self.write_checkpoint)
 
     def publish(self, folder: Path, write: Callable[[Path], None]) -> None:
         """Writes a folder that appears whole or not at all: beside its place, then renamed."""
@@ -735,13 +811,15 @@ class Trainer:
         lm.write_weights(folder / "optimizer", sizes, fetch, self.ranks.first)
 
     def restore(self) -> int:
-        """Takes up the newest whole checkpoint; returns its step, or 0 where there is none."""
+        """Takes up the newest whole checkpoint of this phase; returns the steps that it has done of
+        it, or 0 where there is none."""
+        before = self.job.before
         folders = [] if self.job.checkpoints is None else self.job.checkpoints.glob("step-*")
         found = {int(f.name[5:]): f for f in folders if f.name[5:].isdecimal()}
-        step = max(found, default=0)
-        if step > self.steps:
+        step = max((number for number in found if number > before), default=before)
+        if step - before > self.steps:
             raise InputError(f"--steps {self.steps}, but {found[step]} is beyond that already")
-        if step:
+        if step > before:
             for name, model in self.models.items():
                 parameters = dict(model.named_parameters())
                 lm.load_weights(parameters, found[step] / name, self.ranks.place)
@@ -752,14 +830,14 @@ class Trainer:
         if self.job.trace is not None:
             self.job.trace.forget_after(step)
         if self.ranks.first:
-            kept = []
-            if self.job.metrics.exists():
-                lines = self.job.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [x for x in lines if re.match(r'{"step": (\d+),.*}\n', x)]
-                kept = [x for x in kept if int(x[9 : x.index(",")]) <= step]
-            self.job.metrics.write_text("".join(kept), encoding="utf-8")
-            print(f"resuming after step {step}" if step else "no checkpoint yet: starting afresh")
-        return step
+            keep_rows(self.job.metrics, "step", step)
+            if isinstance(self.source, sgpo.SGPO):
+                keep_rows(self.job.metrics.with_name("pairs.jsonl"), "round", self.source.round)
+            found_one = step > before
+            print(
+                f"resuming after step {step}" if found_one else "no checkpoint yet: starting afresh"
+            )
+        return step - before
 
     def restore_optimizer(self, folder: Path) -> None:
         """Fills the optimizer's state, each rank its shards."""
@@ -772,6 +850,141 @@ class Trainer:
                         value = file.get_tensor(f"{name}.{key}")
                     state[key] = value if key == "step" else torch.zeros_like(parameter).detach()
                     self.ranks.place(state[key], value)
+
+
+def keep_rows(path: Path, key: str, most: int) -> None:
+    """Drops the rows of JSON lines that do not begin with a key of at most that value: those of
+    what a resumed run does again, and one that was not written whole."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        found = ((line, re.match(rf'{{"{key}": (-?\d+),.*}}\n', line)) for line in lines)
+        kept = [line for line, match in found if match and int(match[1]) <= most]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+def as_prompt(messages: data.Messages) -> Any:
+    """A conversation as a row's "prompt": the text where it is one turn of the user's."""
+    alone = len(messages) == 1 and messages[0]["role"] == "user"
+    return messages[0]["content"] if alone else list(messages)
+
+
+# ------------------------------------------------------------------------------ SGPO's first phase
+
+
+def train_improver(config: Config, job: Job, ranks: Ranks, asks: Sequence[sgpo.Ask]) -> int:
+    """OUT/improver: the start, fine-tuned to improve its own answers. Returns the steps it took."""
+    folder, note = job.metrics.with_name("improver"), job.metrics.with_name("improver_filter.json")
+    if folder.exists():
+        return int(lm.read_json(note)["steps"])
+    settings = dataclasses.replace(
+        config, method="sft", loss=None, lr=config.improver_lr, epochs=config.improver_epochs,
+        steps=None, nll_weight=0.0, label_smoothing=0.0, length_normalize=False,
+    )  # fmt: skip
+    job = dataclasses.replace(job, final=folder, phase="improver", asks=(), test=None, eval_rows=[])
+    trainer = Trainer(settings, job, ranks)
+    source = config.target_source or ""
+    if source in ("gold", "tasks") or is_url(config):
+        obtain_targets(config, trainer, asks)
+        targets = data.load_targets(job.metrics.with_name("improver_targets.jsonl"))
+    else:
+        targets = data.load_targets(source)
+    rows, given = sgpo.improver_rows(targets, job.tokenizer, config)
+    known = lm.read_json(note)["perplexities"] if note.exists() else []
+    if len(known) != len(rows):
+        sums = trainer.gold_scores(given)
+        known = [math.exp(-x / len(p.chosen)) for x, p in zip(sums, given, strict=True)]
+    report = sgpo.fence_report(known, config.fence_k)
+    fence = math.inf if report["fence"] is None else report["fence"]
+    rows = [row for row, perplexity in zip(rows, known, strict=True) if perplexity <= fence]
+    trainer.take(sgpo.mix_rows(rows, asks, config.improver_mix, config.seed))
+    if ranks.first:
+        told = f"{len(targets)} targets, {len(targets) - len(given)} too long, "
+        print(f"{told}{report['dropped']} beyond a perplexity of {fence:.4g}", flush=True)
+        note.write_text(json.dumps({"steps": trainer.steps} | report, indent=1) + "\n")
+    trainer.train()
+    return trainer.steps
+
+
+def obtain_targets(config: Config, trainer: Trainer, asks: Sequence[sgpo.Ask]) -> None:
+    """OUT/improver_targets.jsonl: a row for each draft, once all are there in the drafts' order.
+
+    Each row is written as soon as it is known, and what is in the file is not asked for again.
+    """
+    ranks, path = trainer.ranks, trainer.job.metrics.with_name("improver_targets.jsonl")
+    drafts = [ask for ask in asks for _ in range(config.responses_per_prompt)]
+    known: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut off by a kill
+            row = json.loads(line)
+            if row["prompt"] == as_prompt(drafts[row["index"]].messages) and row.keys() >= WRITTEN:
+                known[row["index"]] = row
+    missing = [i for i in range(len(drafts)) if i not in known]
+    prompts = [drafts[i].prompt for i in missing]
+    budgets = [min(config.max_new_tokens, config.max_length - len(p)) for p in prompts]
+    seeds = [hash_seed(config.seed, "draft", i) for i in missing]
+    answers = [
+        trainer.text(new) for new in trainer.generate(trainer.policy, prompts, budgets, seeds)[0]
+    ]
+    if ranks.first:
+
+        def write(rows: dict[int, dict[str, Any]]) -> None:
+            partial = path.with_name(f".{path.name}")
+            lines = (json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows))
+            partial.write_text("".join(lines), encoding="utf-8")
+            partial.rename(path)
+
+        write(known)
+        with path.open("a", encoding="utf-8") as file:
+            for place, improved, why in improvements(config, [drafts[i] for i in missing], answers):
+                i = missing[place]
+                known[i] = {
+                    "index": i,
+                    "prompt": as_prompt(drafts[i].messages),
+                    "response": answers[place],
+                    "improved": improved,
+                }
+                known[i] |= {"dropped": why} if why else {}
+                file.write(json.dumps(known[i], ensure_ascii=False) + "\n")
+                file.flush()
+        write(known)
+        dropped = collections.Counter(row.get("dropped") for row in known.values())
+        print(", ".join(f"{n} {why or 'targets'}" for why, n in dropped.items()), flush=True)
+    ranks.barrier()
+
+
+WRITTEN = {"index", "prompt", "response", "improved"}  # what a row of targets has
+
+
+def improvements(
+    config: Config, asks: Sequence[sgpo.Ask], answers: Sequence[str]
+) -> Iterator[tuple[int, str | None, str]]:
+    """(which draft, its improvement, ""), as they come, or (which, None, why there is none)."""
+    if config.target_source == "tasks":
+        for i, (ask, answer) in enumerate(zip(asks, answers, strict=True)):
+            rng = random.Random(hash_seed(config.seed, "mend", i, answer))
+            yield i, data.mend_answer(ask.messages[-1]["content"], answer, rng), ""
+        return
+    if config.target_source == "gold":
+        for i, ask in enumerate(asks):
+            yield i, ask.response or None, "" if ask.response else "no gold"
+        return
+    url, key = (config.target_source or "").rstrip("/"), os.environ.get("OPENAI_API_KEY")
+    server = data.TargetServer(
+        url, config.target_model or "", key, config.target_workers, config.target_timeout
+    )
+    questions = [
+        sgpo.target_prompt(ask.messages, ask.response, answer, config.target_instruction)
+        for ask, answer in zip(asks, answers, strict=True)
+    ]
+    began = told = time.perf_counter()
+    for done, found in enumerate(server.ask_all(questions), 1):
+        yield found
+        now = time.perf_counter()
+        if now - told > 10 or done == len(questions):
+            rate, told = done / (now - began), now
+            left = round((len(questions) - done) / rate)
+            clock = f"{rate:.2f} requests/s {left // 60}:{left % 60:02} left"
+            print(f"targets {done}/{len(questions)} {clock}", flush=True)
 
 
 # ---------------------------------------------------------------------------------- the whole run
@@ -804,6 +1017,15 @@ def run(config: Config, ranks: Ranks) -> None:
     if config.model:
         sample.check_vocabulary(tokenizer, outline(start), start)
     rows, eval_rows = read_rows(config, tokenizer, ranks)
+    asks: list[sgpo.Ask] = []
+    wanted: list[sgpo.Ask] = []  # for phase 2
+    if config.method == "sgpo":
+        asks = read_asks(config, tokenizer, config.data, 128)
+        wanted = asks if config.data else read_asks(config, tokenizer, None, 1024)
+        if config.preference_data:
+            wanted = read_asks(config, tokenizer, config.preference_data)
+        if not (config.improver or config.target_source in ("gold", "tasks") or is_url(config)):
+            data.load_targets(config.target_source or "")
     trace = sample.Trace(config.trace, config) if config.trace else None
     claim(out, config, ranks)
     if config.model is None and not start.exists():
@@ -816,19 +1038,25 @@ def run(config: Config, ranks: Ranks) -> None:
     job = Job(start, rows, eval_rows, tokenizer, out / "metrics.jsonl", out / "final")
     job.test = test if on_tasks else None
     job.checkpoints, job.trace = out / "checkpoints", trace
+    control = dataclasses.replace(config, method="sft", loss=None, resume=False, save_every=0)
+    beside = dataclasses.replace(job, metrics=out / "control.jsonl", final=out / "control")
+    beside.checkpoints, beside.trace = None, None
+    if config.method == "sgpo":
+        job.asks, job.on_tasks = wanted, on_tasks and config.preference_data is None
+        if config.improver is None:
+            job.before, job.start = train_improver(config, job, ranks, asks), out / "improver"
+        each = config.steps or math.ceil(config.epochs * len(wanted) / config.batch_size)
+        control.steps = job.before + config.rounds * each  # as many as both phases take
     with_control = on_tasks and config.method != "sft"
     if with_control and not (out / "control").exists():
-        control = dataclasses.replace(config, method="sft", loss=None, resume=False, save_every=0)
-        beside = dataclasses.replace(job, metrics=out / "control.jsonl", final=out / "control")
-        beside.checkpoints, beside.trace = None, None
         if ranks.first:
             beside.metrics.unlink(missing_ok=True)
         Trainer(control, beside, ranks).train()
     Trainer(config, job, ranks).train()
     if on_tasks and ranks.first:
-        models = {"start": start, "sft control": out / "control", config.method: out / "final"}
-        models = {k: v for k, v in models.items() if with_control or k != "sft control"}
-        sample.print_accuracies(models, tokenizer, config.seed)
+        models = {"start": start, "sft control": out / "control", "improver": out / "improver"}
+        models = {name: path for name, path in models.items() if path.exists()}
+        sample.print_accuracies(models | {config.method: out / "final"}, tokenizer, config.seed)
     if ranks.first:
         sample.plot_curves(out)
         print(f"the trained model is in {out / 'final'}")
@@ -868,10 +1096,35 @@ def read_rows(
     return encode(data.load_examples(config.data, paired)), held_out
 
 
+def read_asks(config: Config, tokenizer: data.Tokenizer, paths: list[str] | None) -> list[sgpo.Ask]:
+    """SGPO's prompts, with gold responses where there are any; too long ones are dropped."""
+    examples = data.task_examples("clean", 128, config.seed)
+    if paths is not None:
+        examples = data.load_asks(paths)
+    asks = []
+    for example in examples:
+        prompt, gold, _ = data.encode_example(tokenizer, example)
+        if len(prompt) < (config.max_prompt_length or 0):
+            gold = gold[: config.max_length - len(prompt)] if example.response else []
+            asks.append(sgpo.Ask(example.messages, example.response, prompt, gold))
+    if not asks:
+        raise InputError(
+            f"none of the {len(examples)} prompts is left: they have {config.max_prompt_length} "
+            "tokens or more; raise --max-prompt-length"
+        )
+    return asks
+
+
+def is_url(config: Config) -> bool:
+    """Whether the targets are asked from a server."""
+    return (config.target_source or "").startswith(("http://", "https://"))
+
+
 def claim(out: Path, config: Config, ranks: Ranks) -> None:
     """Takes --out for this run, or on resume checks that the run in it was started alike."""
-    args, made = out / "args.json", ("start", "control", "metrics.jsonl", "final", "checkpoints")
-    taken = [name for name in made if (out / name).exists()]
+    args, made = out / "args.json", "start control metrics.jsonl final checkpoints improver"
+    made += " improver_targets.jsonl pairs.jsonl"
+    taken = [name for name in made.split() if (out / name).exists()]
     if taken and not config.resume:
         raise InputError(f"--out {out} holds {taken[0]} of another run: --resume or another folder")
     if taken and not args.is_file():
