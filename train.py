@@ -1096,9 +1096,12 @@ def read_rows(
     return encode(data.load_examples(config.data, paired)), held_out
 
 
-def read_asks(config: Config, tokenizer: data.Tokenizer, paths: list[str] | None) -> list[sgpo.Ask]:
-    """SGPO's prompts, with gold responses where there are any; too long ones are dropped."""
-    examples = data.task_examples("clean", 128, config.seed)
+def read_asks(
+    config: Config, tokenizer: data.Tokenizer, paths: list[str] | None, tasks: int = 0
+) -> list[sgpo.Ask]:
+    """SGPO's prompts, with gold responses where there are any; too long ones are dropped. No
+    paths: so many built-in tasks, the first of which are the clean set."""
+    examples = data.task_examples("clean", tasks, config.seed)
     if paths is not None:
         examples = data.load_asks(paths)
     asks = []
