@@ -404,15 +404,25 @@ class TargetServer:
 
     def ask_all(self, questions: Sequence[Messages]) -> Iterator[tuple[int, str | None, str]]:
         """(index, answer, "") as answers come, in any order; (index, None, why) for one that is
-        empty, refused or cut. Raises InputError where to ask on is no use."""
-        pool = ThreadPoolExecutor(self.workers)
+        empty, refused or cut. Raises InputError where to ask on is no use, but not before the
+        answers that were on their way have been given out."""
+        pool, failure = ThreadPoolExecutor(self.workers), None
         try:
             asked = {pool.submit(self.ask, turns): i for i, turns in enumerate(questions)}
             for done in as_completed(asked):
-                yield (asked[done], *done.result())
+                error = None if done.cancelled() else done.exception()
+                if error is not None:
+                    failure = failure or error
+                    self.stopping.set()
+                    for waiting in asked:
+                        waiting.cancel()
+                elif not done.cancelled() and done.result()[1] != "stopped":
+                    yield (asked[done], *done.result())
         finally:
             self.stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
+        if failure is not None:
+            raise failure
 
     def ask(self, messages: Messages) -> tuple[str | None, str]:
         """One answer, or None and why."""

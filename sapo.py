@@ -59,11 +59,9 @@ from torch import Tensor, nn
 from data import Pair
 from model import hash_seed
 
-# (model, prompts, most new tokens per row, seed per row) -> new tokens per row, and the sums of
-# their log-probs under the model as it is, before temperature and filters
-Generate = Callable[
-    [Any, list[list[int]], list[int], list[int]], tuple[list[list[int]], list[float]]
-]
+# (model, prompts, most new tokens per row, seed per row[, temperature]) -> new tokens per row, and
+# the sums of their log-probs under the model as it is, before temperature and filters
+Generate = Callable[..., tuple[list[list[int]], list[float]]]
 Phase = Callable[[str], contextlib.AbstractContextManager[Any]]  # times what is within it
 
 

@@ -106,6 +106,8 @@ mends answers to the built-in tasks; default: tasks where there is no --data, el
     "sgpo: what a target's perplexity is conditioned on"
     preference_data: list[str] | None = None
     "sgpo: files of prompts for phase 2, with or without responses; default: those of --data"
+    improve_temperature: float | None = None  # [ours]
+    "sgpo: of the improvements; default: --temperature"
     rounds: int = 1  # [ours]
     "sgpo: how often pairs are generated and trained on, --steps each"
 
@@ -176,9 +178,8 @@ class SGPO:
         answers, logps = self.write([ask.prompt for ask in asks], "answer")
         frames = [self.frame(ask, new) for ask, new in zip(asks, answers, strict=True)]
         fits = [len(frame) < c.max_length for frame in frames]
-        asked = iter(
-            self.write([f for f, fit in zip(frames, fits, strict=True) if fit], "better")[0]
-        )
+        wanted = [frame for frame, fit in zip(frames, fits, strict=True) if fit]
+        asked = iter(self.write(wanted, "better", c.improve_temperature)[0])
         made = [
             (
                 ask,
@@ -243,12 +244,14 @@ class SGPO:
             "improve/gold_better": sum(gain > 0 for gain in gains) / len(gains),
         }
 
-    def write(self, prompts: list[list[int]], purpose: str) -> tuple[list[list[int]], list[float]]:
+    def write(
+        self, prompts: list[list[int]], purpose: str, temperature: float | None = None
+    ) -> tuple[list[list[int]], list[float]]:
         """The policy's continuations of prompts."""
         c = self.settings
         budgets = [min(c.max_new_tokens, c.max_length - len(prompt)) for prompt in prompts]
         seeds = [hash_seed(c.seed, purpose, self.round, i) for i in range(len(prompts))]
-        return self.generate(self.policy, prompts, budgets, seeds)
+        return self.generate(self.policy, prompts, budgets, seeds, temperature)
 
     def eval_pairs(self, rows: Sequence[Pair]) -> list[Pair]:
         """Rows with a rejected side keep it; the others get the policy's answer."""

@@ -190,7 +190,8 @@ RANGES = {  # the smallest and the largest value of each number
     **dict.fromkeys(("steps", "batch_size", "micro_batch_size", "generate_batch_size"), (1, 1e9)),
     **dict.fromkeys(("ema_every", "ref_update_every", "sample_every", "log_every"), (1, 1e9)),
     **dict.fromkeys(("save_every", "eval_every", "show_every", "top_k", "warmup"), (0, 1e9)),
-    **dict.fromkeys(("nll_weight", "orpo_lambda", "temperature", "max_grad_norm"), (0, 1e6)),
+    **dict.fromkeys(("nll_weight", "orpo_lambda", "max_grad_norm"), (0, 1e6)),
+    **dict.fromkeys(("temperature", "improve_temperature"), (0, 1e6)),
     "epochs": (1e-9, 1e6), "lr": (1e-30, 1e3), "beta": (1e-9, 1e6), "weight_decay": (0, 1),
     "ema_decay": (0, 1), "top_p": (1e-9, 1), "adam_beta2": (0, 1 - 1e-9), "seed": (0, 2**62),
     "label_smoothing": (0, 0.5), "max_length": (2, 1e7), "max_prompt_length": (2, 1e7),
@@ -691,16 +692,22 @@ class Trainer:
         return value
 
     def generate(
-        self, model: Transformer, prompts: list[list[int]], budgets: list[int], seeds: list[int]
+        self,
+        model: Transformer,
+        prompts: list[list[int]],
+        budgets: list[int],
+        seeds: list[int],
+        temperature: float | None = None,
     ) -> tuple[list[list[int]], list[float]]:
         """`generate` with the rows spread over the ranks; every rank gets all of the answer: the
         new tokens, and the sum of their log-probs under the model as it is."""
         c, count = self.config, len(prompts)
         mine = range(self.ranks.rank, count, self.ranks.world)
         sampling: dict[str, Any] = {
-            "temperature": c.temperature, "top_k": c.top_k, "top_p": c.top_p,
-            "eos_ids": self.job.tokenizer.eos_ids, "batch_size": c.generate_batch_size,
-            "seed": [seeds[i] for i in mine], "return_logprobs": True,
+            "temperature": c.temperature if temperature is None else temperature,
+            "top_k": c.top_k, "top_p": c.top_p, "eos_ids": self.job.tokenizer.eos_ids,
+            "batch_size": c.generate_batch_size, "seed": [seeds[i] for i in mine],
+            "return_logprobs": True,
         }  # fmt: skip
         prompts, budgets = [prompts[i] for i in mine], [budgets[i] for i in mine]
         with self.phase("generate"), self.ranks.decoder(model) as ready:

@@ -1,0 +1,536 @@
+"""SGPO: the improver's rows and fence, rounds of pairs, and whole runs that stop and go on."""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import data
+import sample
+import train
+from data import Pair, Target
+from sgpo import (
+    IMPROVER,
+    SGPO,
+    TARGET,
+    Ask,
+    Settings,
+    fence_report,
+    fill,
+    improver_prompt,
+    improver_rows,
+    mix_rows,
+    perplexity_fence,
+    target_prompt,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+SHORT = data.REWRITE_PROMPT.replace("{draft}", "{answer}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> data.Tokenizer:
+    return data.load_tokenizer(GOLDEN / "start")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+# ------------------------------------------------------------------------------------- the prompts
+
+
+def test_the_improvers_prompt_holds_request_and_answer_and_keeps_earlier_turns() -> None:
+    before = [{"role": "system", "content": "Be brief."}, user("Hi"), user("Why {answer}?")]
+    asked = improver_prompt(before, "Because {prompt}.")
+    assert asked[:2] == before[:2]
+    assert "Why {answer}?" in asked[2]["content"]
+    assert "Because {prompt}." in asked[2]["content"]
+    assert improver_prompt([user("sort ba")], "ab", SHORT) == [user("sort ba | ab")]
+
+
+def test_the_stronger_models_prompt_holds_the_gold_too() -> None:
+    (asked,) = target_prompt([user("Q1")], "G2", "A3")
+    assert all(part in asked["content"] for part in ("Q1", "G2", "A3"))
+    assert all("{" + name + "}" in TARGET for name in ("prompt", "gold", "answer"))
+    assert all("{" + name + "}" in IMPROVER for name in ("prompt", "answer"))
+
+
+def test_filling_in_replaces_each_name_once_and_leaves_other_braces() -> None:
+    assert fill("{a}{b}{c}{a}", a="{b}", b="x") == "{b}x{c}{b}"
+
+
+# ----------------------------------------------------------------------------------- phase 1's rows
+
+
+def test_labels_cover_the_target_and_nothing_else(tokenizer: data.Tokenizer) -> None:
+    targets = [Target([user("sort ba")], "b-a > ba", "b-a > ab")]
+    settings = Settings(improver_instruction=SHORT)
+    (row,), _ = improver_rows(targets, tokenizer, settings)
+    assert tokenizer.decode(row.prompt) == "<|user|>sort ba | b-a > ba<|assistant|>"
+    assert tokenizer.decode(row.chosen) == "b-a > ab<|end|>"
+    assert row.rejected == []
+
+
+def test_the_loss_of_a_row_is_that_of_transformers_with_the_prompt_masked(
+    tokenizer: data.Tokenizer, tmp_path: Path
+) -> None:
+    targets = [Target([user("sort ba")], "b-a > ba", "b-a > ab"),
+               Target([user("add 12 13")], "?", "2+3=5-1+1=2 > 25")]  # fmt: skip
+    rows, _ = improver_rows(targets, tokenizer, Settings(improver_instruction=SHORT))
+    flags = ["--method", "sft", "--model", str(GOLDEN / "start"), "--data", "x"]
+    places = (tmp_path / "metrics.jsonl", tmp_path / "final")
+    job = train.Job(GOLDEN / "start", rows, [], tokenizer, *places)
+    trainer = train.Trainer(train.parse_args(flags), job, train.Ranks())
+    loss = trainer.summary(rows, trainer.score(rows, learn=True), "")["loss"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / "start", dtype=torch.float32)
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        labels = torch.tensor([[-100] * len(row.prompt) + row.chosen])
+        out = model(torch.tensor([row.prompt + row.chosen]), labels=labels)
+        total, count = total + out.loss * len(row.chosen), count + len(row.chosen)
+    (total / count).backward()
+    assert loss == pytest.approx(float(total.detach()) / count, rel=1e-5)
+    named = dict(model.named_parameters())
+    for name, parameter in trainer.policy.named_parameters():
+        assert torch.allclose(parameter.grad, named[name].grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("given", "context"),
+    [
+        ("improver", "<|user|>sort ba | x<|assistant|>"),
+        ("prompt", "<|user|>sort ba<|assistant|>"),
+        ("nothing", "<|end|>"),
+    ],
+)
+def test_perplexity_is_conditioned_on_what_the_flag_says(
+    given: Any, context: str, tokenizer: data.Tokenizer
+) -> None:
+    settings = Settings(improver_instruction=SHORT, fence_given=given)
+    rows, conditioned = improver_rows([Target([user("sort ba")], "x", "ab")], tokenizer, settings)
+    assert tokenizer.decode(conditioned[0].prompt) == context
+    assert conditioned[0].chosen == rows[0].chosen
+
+
+def test_targets_that_do_not_fit_are_left_out(tokenizer: data.Tokenizer) -> None:
+    targets = [Target([user("sort ba")], "x", "ab" * n) for n in (1, 20)]
+    settings = Settings(improver_instruction=SHORT, max_length=30)
+    assert len(improver_rows(targets, tokenizer, settings)[0]) == 1
+    with pytest.raises(data.InputError, match="--max-length 12"):
+        improver_rows(targets, tokenizer, Settings(improver_instruction=SHORT, max_length=12))
+
+
+def test_the_fence_is_numpys_quartiles_and_tukeys_rule() -> None:
+    # sorted 1 2 3 4 10: Q1 = 2, Q3 = 4, fence 4 + 1.5 * 2
+    assert perplexity_fence([3, 10, 1, 4, 2]) == 7
+    assert perplexity_fence([3, 10, 1, 4, 2], k=0.5) == 5
+    # 1 2 3 4: Q1 = 1.75, Q3 = 3.25
+    assert perplexity_fence([4, 3, 2, 1], k=1.0) == pytest.approx(4.75)
+    values = np.random.default_rng(0).lognormal(size=999).tolist()
+    low, high = np.quantile(values, [0.25, 0.75])
+    assert perplexity_fence(values) == pytest.approx(high + 1.5 * (high - low))
+
+
+def test_the_report_counts_what_fell() -> None:
+    report = fence_report([3, 10, 1, 4, 2], 1.5)
+    assert (report["fence"], report["dropped"], report["targets"]) == (7, 1, 5)
+    assert (report["q1"], report["median"], report["q3"]) == (2, 3, 4)
+    assert sum(report["histogram"]["counts"]) == 5
+    assert json.loads(json.dumps(report)) == report
+    assert fence_report([3, 10, 1], 0)["dropped"] == 0
+
+
+def test_the_mix_has_the_share_of_plain_rows_that_was_asked_for() -> None:
+    rows = [Pair([1], [i], []) for i in range(30)]
+    asks = [Ask([user("x")], "y", [2], [i]) for i in range(100, 107)]
+    asks.append(Ask([user("x")], "", [2], []))  # has no gold
+    for share in (0.0, 0.25, 0.5, 0.9):
+        mixed = mix_rows(rows, asks, share, seed=0)
+        plain = mixed[30:]
+        assert mixed[:30] == rows
+        assert len(plain) / len(mixed) == pytest.approx(share, abs=0.01)
+        assert all(pair.prompt == [2] and pair.chosen for pair in plain)
+        counts = [sum(pair.chosen == [i] for pair in plain) for i in range(100, 107)]
+        assert max(counts) - min(counts) <= 1
+    assert mix_rows(rows, asks[-1:], 0.5, seed=0) == rows
+
+
+def edits(text: str, right: str) -> int:
+    codes = data.SequenceMatcher(None, text, right, autojunk=False).get_opcodes()
+    return sum(code[0] != "equal" for code in codes)
+
+
+def test_mending_leaves_right_answers_and_brings_wrong_ones_nearer() -> None:
+    rng = random.Random(0)
+    nearer = 0
+    for example in data.task_examples("clean", 200, 3):
+        prompt, right = example.messages[-1]["content"], example.response
+        assert data.mend_answer(prompt, right, rng) == right
+        for draft in (example.rejected or "", right[::-1], ""):
+            mended = data.mend_answer(prompt, draft, rng)
+            errors = [edits(text, right) for text in (draft, mended)]
+            nearer += errors[1] < errors[0]
+    assert nearer > 0.9 * 600
+
+
+# ---------------------------------------------------------------------------------- phase 2's pairs
+
+
+class Model:
+    """Stands for generation: answers are the prompt's letters, improvements those in capitals."""
+
+    def __init__(self, tokenizer: data.Tokenizer) -> None:
+        self.tokenizer, self.calls = tokenizer, list[list[str]]()
+
+    def __call__(self, model: Any, prompts: Any, budgets: Any, *_: Any) -> Any:
+        texts = [
+            self.tokenizer.decode(prompt)[len("<|user|>") : -len("<|assistant|>")]
+            for prompt in prompts
+        ]
+        self.calls.append(texts)
+        new = [text.split(" | ")[1].upper() if " | " in text else text.split()[1] for text in texts]
+        ids = [
+            [*self.tokenizer.encode(text), 256][:budget]
+            for text, budget in zip(new, budgets, strict=True)
+        ]
+        return ids, [-1.0] * len(ids)
+
+
+def source(tokenizer: data.Tokenizer, words: list[str], **flags: Any) -> tuple[SGPO, Model]:
+    asks = [
+        Ask(
+            [user(f"say {word}")],
+            word,
+            tokenizer.apply_chat_template([user(f"say {word}")], True),
+            [7],
+        )
+        for word in words
+    ]
+    settings = Settings(
+        **{"batch_size": 2, "max_length": 64, "improver_instruction": SHORT} | flags
+    )
+    model = Model(tokenizer)
+    score = lambda rows: [float(len(row.prompt)) for row in rows]  # noqa: E731
+    return SGPO(asks, torch.nn.Linear(1, 1), model, settings, tokenizer, 3, score), model
+
+
+def test_chosen_is_the_improvement_of_the_rejected_answer_behind_the_prompt_alone(
+    tokenizer: data.Tokenizer,
+) -> None:
+    sgpo, model = source(tokenizer, ["ab", "cd"])
+    for pair in sgpo.before_step(0):
+        text = tokenizer.decode(pair.rejected)
+        assert tokenizer.decode(pair.prompt) == f"<|user|>say {text[:2]}<|assistant|>"
+        assert tokenizer.decode(pair.chosen) == text[:2].upper() + "<|end|>"
+    assert [len(call) for call in model.calls] == [2, 2]
+    assert sorted(model.calls[1]) == ["say ab | ab", "say cd | cd"]
+
+
+def test_each_round_generates_once_and_for_as_many_prompts_as_its_steps_need(
+    tokenizer: data.Tokenizer,
+) -> None:
+    words = [f"{a}{b}" for a in "abc" for b in "defgh"]
+    sgpo, model = source(tokenizer, words)
+    for t in range(6):
+        assert len(sgpo.before_step(t)) == 2
+        assert bool(sgpo.fresh) == (t in (0, 3))
+        assert sgpo.metrics["sgpo/round"] == t // 3
+    assert [len(call) for call in model.calls] == [6, 6, 6, 6]  # three steps of two
+    assert set(model.calls[0]) != set(model.calls[2])  # an order of its own
+
+
+def test_identical_empty_and_too_long_ones_are_dropped_and_counted(
+    tokenizer: data.Tokenizer,
+) -> None:
+    class Lazy(Model):
+        def __call__(self, model: Any, prompts: Any, budgets: Any, *_: Any) -> Any:
+            new, logps = super().__call__(model, prompts, budgets)
+            return [[256] if tokenizer.decode(ids).startswith("x") else ids for ids in new], logps
+
+    sgpo, _ = source(tokenizer, ["ab", "xy", "12", "q" * 20], max_length=40, batch_size=4)
+    sgpo.generate = Lazy(tokenizer)
+    batch = sgpo.before_step(0)
+    assert {tokenizer.decode(pair.chosen) for pair in batch} == {"AB<|end|>"}
+    found = {k: v for k, v in sgpo.metrics.items() if k.startswith("improve/") and "gold" not in k}
+    assert found == {
+        "improve/pairs": 1, "improve/empty": 0.25, "improve/identical": 0.25,
+        "improve/too_long": 0.25,
+    }  # fmt: skip
+
+
+def test_no_pair_left_is_a_step_without_pairs(tokenizer: data.Tokenizer) -> None:
+    sgpo, _ = source(tokenizer, ["12", "34"])
+    assert sgpo.before_step(0) == []
+    assert sgpo.metrics["improve/pairs"] == 0
+
+
+def test_gold_gain_is_the_golds_log_prob_behind_the_improvement_less_behind_the_answer(
+    tokenizer: data.Tokenizer,
+) -> None:
+    sgpo, _ = source(tokenizer, ["ab", "cd"])
+    sgpo.score = lambda rows: [5.0 if "|" in tokenizer.decode(r.prompt).upper() and
+                               tokenizer.decode(r.prompt) != tokenizer.decode(r.prompt).lower()
+                               else 2.0 for r in rows]  # fmt: skip
+    sgpo.before_step(0)
+    assert sgpo.metrics["improve/gold_gain"] == 3  # of a gold of one token
+    assert sgpo.metrics["improve/gold_better"] == 1
+
+
+def test_the_checker_counts_mended_and_spoilt(tokenizer: data.Tokenizer) -> None:
+    sgpo, _ = source(tokenizer, ["ab", "cd", "ef", "gh"], batch_size=4)
+    right = {"say ab": "AB", "say cd": "cd", "say ef": "?", "say gh": "GH"}
+    sgpo.check = lambda prompt, text: right[prompt] == text
+    sgpo.before_step(0)
+    found = {k.split("/")[1]: v for k, v in sgpo.metrics.items() if k.startswith("improve/")}
+    assert (found["mended"], found["spoilt"]) == (0.5, 0.25)
+    assert (found["right_before"], found["right_after"]) == (0.25, 0.5)
+
+
+def test_a_restored_source_goes_on_without_generating_again(tokenizer: data.Tokenizer) -> None:
+    one, _ = source(tokenizer, ["ab", "cd", "ef"])
+    other, model = source(tokenizer, ["ab", "cd", "ef"])
+    one.before_step(0)
+    other.load_state_dict(one.state_dict())
+    for t in (1, 2):
+        assert one.before_step(t) == other.before_step(t)
+    assert model.calls == []
+    assert one.before_step(3) == other.before_step(3)
+
+
+# --------------------------------------------------------------------------------------- whole runs
+
+
+def flags(out: Path, *more: object) -> list[str]:
+    usual = ["--method", "sgpo", "--model", GOLDEN / "start", "--data", GOLDEN / "rows.jsonl"]
+    usual += ["--out", out, "--steps", 3, "--rounds", 2, "--batch-size", 6, "--max-length", 64]
+    usual += ["--log-every", 1, "--max-new-tokens", 20, "--improver-epochs", 1, "--save-every", 2]
+    usual += ["--improver-instruction", SHORT, "--lr", "1e-4", "--improver-lr", "1e-4"]
+    usual += ["--temperature", 1, "--top-k", 0, "--top-p", 1]
+    return [str(flag) for flag in (*usual, *more)]
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timings = ("seconds", "tokens_per")
+    return [{k: v for k, v in row.items() if not k.startswith(timings)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run with gold targets: eight steps or so, then two rounds of three."""
+    out = tmp_path_factory.mktemp("sgpo") / "whole"
+    assert train.main(flags(out)) == 0
+    return out
+
+
+def test_steps_rise_through_both_phases_and_both_are_there(whole: Path) -> None:
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    first = [row for row in rows if row["phase"] == "improver"]
+    second = rows[len(first) :]
+    assert [row["sgpo/round"] for row in second] == [0, 0, 0, 1, 1, 1]
+    assert second[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert "improve/gold_gain" in second[0]
+    assert "improve/gold_gain" in second[3]
+    for name in ("improver", "final"):
+        assert transformers.AutoModelForCausalLM.from_pretrained(whole / name)
+        said = json.loads((whole / name / sample.IMPROVER_FILE).read_text())
+        assert said == {"instruction": SHORT}
+    report = json.loads((whole / "improver_filter.json").read_text())
+    assert report["steps"] == len(first)
+    assert report["targets"] == 24
+    assert report["dropped"] == sum(x > report["fence"] for x in report["perplexities"])
+    learnt = (24 - report["dropped"]) * 2  # half of them plain
+    assert report["steps"] == math.ceil(learnt / 6)
+
+
+def test_targets_and_pairs_are_readable_files(whole: Path) -> None:
+    lines = (whole / "improver_targets.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in (GOLDEN / "rows.jsonl").read_text().splitlines()]
+    for i, (line, row) in enumerate(zip(map(json.loads, lines), rows, strict=True)):
+        assert (line["index"], line["prompt"], line["improved"]) == (
+            i,
+            row["prompt"],
+            row["chosen"],
+        )
+        assert isinstance(line["response"], str)
+    pairs = [json.loads(line) for line in (whole / "pairs.jsonl").read_text().splitlines()]
+    assert {pair["round"] for pair in pairs} == {0, 1}
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    assert data.load_examples(whole / "pairs.jsonl", True)  # --method dpo --data takes them
+
+
+@pytest.mark.parametrize("last", [1, 3, "improver", 1 + 100, 4 + 100])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    last: Any, whole: Path, tmp_path: Path
+) -> None:
+    """Killed in phase 1, between the phases, in a round, and at the beginning of the second."""
+    out, step = tmp_path / "run", train.Trainer.step
+    saved = train.Trainer.save_final
+
+    def killed(self: Any, t: int) -> Any:
+        here = t + 100 * (self.job.phase != "improver")
+        if here == last:
+            raise SystemExit
+        return step(self, t)
+
+    def saved_and_killed(self: Any) -> None:
+        saved(self)
+        if last == self.job.phase:
+            raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "step", killed)
+        patch.setattr(train.Trainer, "save_final", saved_and_killed)
+        with pytest.raises(SystemExit):
+            train.main(flags(out))
+    assert train.main(flags(out, "--resume")) == 0
+    assert metrics(out) == metrics(whole)
+    for name in ("pairs.jsonl", "improver_targets.jsonl", "improver_filter.json"):
+        assert (out / name).read_text() == (whole / name).read_text()
+    for name in ("improver", "final"):
+        one, other = (load_file(f / name / "model.safetensors") for f in (out, whole))
+        assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_two_ranks_give_the_run_of_one(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "train.py"), *flags(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[:6000]
+    for mine, theirs in zip(metrics(out), metrics(whole), strict=True):
+        assert mine.pop("phase") == theirs.pop("phase")
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    for name in ("pairs.jsonl", "improver_targets.jsonl"):
+        assert (out / name).read_text() == (whole / name).read_text()
+
+
+def test_a_given_improver_skips_the_first_phase(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train.main(flags(out, "--improver", whole / "improver")) == 0
+    first, second = metrics(out), metrics(whole)
+    steps = len(second) - 6
+    assert [row["step"] for row in first] == [1, 2, 3, 4, 5, 6]
+    for mine, theirs in zip(first, second[steps:], strict=True):
+        assert mine | {"step": 0} == theirs | {"step": 0}
+    assert not (out / "improver").exists()
+
+
+def test_targets_from_a_file_and_prompts_without_responses(whole: Path, tmp_path: Path) -> None:
+    out, prompts = tmp_path / "run", tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "sort dcba"}, {"messages": [user("reverse abc")]},
+            {"prompt": "add 12 34", "response": "2+4=6-1+3=4 > 46"}]  # fmt: skip
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = ("--target-source", whole / "improver_targets.jsonl", "--preference-data", prompts)
+    assert train.main(flags(out, *source, "--loss", "orpo")) == 0
+    one, other = (load_file(f / "improver" / "model.safetensors") for f in (out, whole))
+    assert all(torch.equal(one[key], other[key]) for key in other)
+    asked = {json.loads(line)["prompt"] for line in (out / "pairs.jsonl").read_text().splitlines()}
+    assert asked <= {"sort dcba", "reverse abc", "add 12 34"}
+
+
+def test_the_built_in_tasks_mend_and_check(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run"
+    more = ("--steps", 2, "--improver-epochs", 1, "--batch-size", 32, "--save-every", 0)
+    usual = ["--method", "sgpo", "--model", GOLDEN / "start", "--out", out, *more]
+    assert train.main([str(flag) for flag in usual]) == 0
+    targets = [json.loads(x) for x in (out / "improver_targets.jsonl").read_text().splitlines()]
+    assert any(row["improved"] != row["response"] for row in targets)
+    told = next(row for row in metrics(out) if "improve/pairs" in row)
+    assert told["improve/right_before"] + told["improve/mended"] - told["improve/spoilt"] == (
+        pytest.approx(told["improve/right_after"])
+    )
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in shown for name in ("start", "sft control", "improver", "sgpo"))
+
+
+def test_improvements_are_shown_and_written(whole: Path, tmp_path: Path, capsys: Any) -> None:
+    model = ["--model", str(whole / "final"), "--max-new-tokens", "20", "--improve", "2"]
+    assert sample.main([*model, "--prompt", "sort cab"]) == 0
+    assert capsys.readouterr().out.count("-" * 20) == 2
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text('{"prompt": "sort cab"}\n{"prompt": "reverse ab"}\n')
+    assert sample.main([*model, "--prompts", str(questions), "--out", str(answers)]) == 0
+    for line in map(json.loads, answers.read_text().splitlines()):
+        assert len(line["drafts"]) == 2
+        assert isinstance(line["response"], str)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--target-source", "http://localhost:1/v1"], "--target-model"),
+        (["--target-source", "tasks"], "--target-source"),
+        (["--target-source", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--improver-mix", "1"], "--improver-mix"),
+        (["--fence-k", "-1"], "--fence-k"),
+        (["--rounds", "0"], "--rounds"),
+        (["--improver-instruction", "improve {prompt}"], "{answer}"),
+        (["--improver", "nowhere"], "nowhere"),
+        (["--preference-data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--fence-given", "luck"], "--fence-given"),
+    ],
+)
+def test_bad_flags_give_one_line_and_leave_nothing(
+    wrong: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(flags(tmp_path / "run", *wrong)) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
+    assert named in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_file_of_targets_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "targets.jsonl"
+    good = {"prompt": "a", "response": "b", "improved": "c"}
+    assert data.load_targets(_write(file, [good, good | {"improved": None}])) == [
+        Target([user("a")], "b", "c")
+    ]
+    for bad in ({"prompt": "a"}, good | {"improved": " "}, good | {"response": 3}, [], {"x": 1}):
+        with pytest.raises(data.InputError, match=r"targets.jsonl:2"):
+            data.load_targets(_write(file, [good, bad]))
+    with pytest.raises(data.InputError, match="no targets"):
+        data.load_targets(_write(file, [good | {"improved": None}]))
+
+
+def _write(file: Path, rows: list[Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_what_a_killed_run_paid_for_is_kept(whole: Path, tmp_path: Path) -> None:
+    """The file of targets, with its last line cut off, is gone on from."""
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(whole / "args.json", out)
+    lines = (whole / "improver_targets.jsonl").read_text().splitlines(keepends=True)
+    marked = json.loads(lines[2]) | {"improved": "c-b-a > abc"}
+    kept = [*lines[:2], json.dumps(marked) + "\n", lines[5], lines[7][:20]]
+    (out / "improver_targets.jsonl").write_text("".join(kept))
+    assert train.main(flags(out)) == 2  # it is somebody's
+    assert train.main(flags(out, "--resume")) == 0
+    again = (out / "improver_targets.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(again[2]) == marked
+    assert again[:2] + again[3:] == lines[:2] + lines[3:]

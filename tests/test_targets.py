@@ -1,0 +1,286 @@
+"""The client for targets, against a local server that answers wrongly in every way we know."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+from data import InputError, TargetServer, retry_after
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+KEY = "sk-secret-123"
+
+
+def completion(text: str | None, reason: str = "stop", **message: Any) -> dict[str, Any]:
+    """A right reply."""
+    return {"choices": [{"message": {"content": text} | message, "finish_reason": reason}]}
+
+
+class Server(ThreadingHTTPServer):
+    """Calls `behave(handler, question, how often it was asked)` for each request."""
+
+    daemon_threads = True
+
+    def __init__(self, behave: Callable[[Any, str, int], None]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behave, self.asked = behave, list[str]()
+        self.keys, self.bodies, self.paths = list[str | None](), list[Any](), list[str]()
+        self.lock, self.busy, self.most = threading.Lock(), 0, 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question, server = body["messages"][-1]["content"], self.server
+        with server.lock:
+            times = server.asked.count(question)
+            server.asked.append(question)
+            server.keys.append(self.headers["Authorization"])
+            server.bodies.append(body)
+            server.paths.append(self.path)
+            server.busy += 1
+            server.most = max(server.most, server.busy)
+        try:
+            server.behave(self, question, times)
+        finally:
+            with server.lock:
+                server.busy -= 1
+
+    def reply(self, value: Any, status: int = 200, **headers: str) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in headers.items():
+            self.send_header(name.replace("_", "-"), text)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    running = []
+
+    def start(behave: Callable[[Any, str, int], None]) -> Server:
+        server = Server(behave)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(server: Server, questions: list[str], **settings: Any) -> dict[int, Any]:
+    """What became of each question, by its index."""
+    usual = {"key": KEY, "workers": 3, "timeout": 5.0, "pause": 0.01} | settings
+    client = TargetServer(server.url, "strong", **usual)
+    found = client.ask_all([[{"role": "user", "content": text}] for text in questions])
+    return {i: text if text is not None else why for i, text, why in found}
+
+
+def test_a_question_goes_to_the_chat_endpoint_with_the_key_in_its_header(serve: Any) -> None:
+    server = serve(lambda handler, question, times: handler.reply(completion(f" {question}! \n")))
+    assert ask(server, ["a", "b"]) == {0: "a!", 1: "b!"}
+    assert server.paths == ["/v1/chat/completions"] * 2
+    assert server.keys == [f"Bearer {KEY}"] * 2
+    assert server.bodies[0]["model"] == "strong"
+    assert ask(server, ["c"], key=None) == {0: "c!"}
+    assert server.keys[-1] is None
+
+
+def drop(handler: Any) -> None:
+    """Ends the connection without an answer."""
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+def cut_short(handler: Any) -> None:
+    """Promises more than it sends."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices"')
+    handler.close_connection = True
+
+
+FAILURES: dict[str, Callable[[Any], None]] = {
+    "429": lambda handler: handler.reply({}, 429),
+    "500": lambda handler: handler.reply({}, 500),
+    "503": lambda handler: handler.reply(b"<html>busy</html>", 503),
+    "time-out": lambda handler: time.sleep(0.6),
+    "dropped": drop,
+    "cut short": cut_short,
+    "not JSON": lambda handler: handler.reply(b"<html>hello</html>"),
+    "not UTF-8": lambda handler: handler.reply(b"\xff\xfe{"),
+    "not a completion": lambda handler: handler.reply({"choices": []}),
+    "a list": lambda handler: handler.reply([1, 2]),
+    "no message": lambda handler: handler.reply({"choices": [{"message": None}]}),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_what_may_pass_is_asked_again(kind: str, serve: Any) -> None:
+    def behave(handler: Any, question: str, times: int) -> None:
+        if times < 2:
+            FAILURES[kind](handler)
+        else:
+            handler.reply(completion("fine"))
+
+    server = serve(behave)
+    assert ask(server, ["a"], timeout=0.2 if kind == "time-out" else 5.0) == {0: "fine"}
+    assert server.asked == ["a"] * 3
+
+
+def test_retry_after_is_honoured_in_seconds_and_as_a_date(serve: Any) -> None:
+    def behave(handler: Any, question: str, times: int) -> None:
+        if times == 0:
+            handler.reply({}, 429, Retry_After="1")
+        else:
+            handler.reply(completion("fine"))
+
+    began = time.monotonic()
+    assert ask(serve(behave), ["a"]) == {0: "fine"}
+    assert time.monotonic() - began >= 1
+    soon = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=30), usegmt=True)
+    assert 25 < (retry_after(soon) or 0) <= 30
+    assert retry_after("7") == 7
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert retry_after("") is retry_after("soon") is None
+
+
+def test_giving_up_says_why_and_how_to_go_on(serve: Any) -> None:
+    server = serve(lambda handler, question, times: handler.reply({}, 500))
+    with pytest.raises(InputError, match=r"gave up after 3 tries \(HTTP 500\).*--resume"):
+        ask(server, ["a"], tries=3)
+    assert server.asked == ["a"] * 3
+
+
+@pytest.mark.parametrize(
+    ("status", "named"),
+    [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "--target-model"), (400, "too long")],
+)
+def test_what_will_not_pass_stops_at_once_and_never_shows_the_key(
+    status: int, named: str, serve: Any
+) -> None:
+    said = {"error": {"message": f"too long; the key was {KEY}"}}
+    server = serve(lambda handler, question, times: handler.reply(said, status))
+    with pytest.raises(InputError, match=named) as caught:
+        ask(server, [str(i) for i in range(50)], workers=2)
+    assert KEY not in str(caught.value)
+    assert len(server.asked) < 10
+
+
+def test_a_redirection_is_not_followed_for_it_would_take_the_key_along(serve: Any) -> None:
+    other = serve(lambda handler, question, times: handler.reply(completion("stolen")))
+    place = f"{other.url}/chat/completions"
+    for status in (301, 302, 307, 308):
+        server = serve(lambda h, q, times, s=status: h.reply({}, s, Location=place))
+        with pytest.raises(InputError, match=f"HTTP {status}"):
+            ask(server, ["a"])
+    assert other.asked == []
+
+
+def test_empty_refused_and_cut_answers_are_told_apart(serve: Any) -> None:
+    replies = {
+        "empty": completion("  "), "none": completion(None),
+        "refused": completion(None, refusal="I will not"),
+        "filtered": completion("x", "content_filter"), "cut": completion("half", "length"),
+    }  # fmt: skip
+    server = serve(lambda handler, question, times: handler.reply(replies[question]))
+    found = ask(server, list(replies))
+    assert [found[i] for i in range(5)] == ["empty", "empty", "refused", "refused", "cut"]
+    assert len(server.asked) == 5
+
+
+def test_questions_are_asked_several_at_a_time_and_answers_come_out_of_order(serve: Any) -> None:
+    def behave(handler: Any, question: str, times: int) -> None:
+        time.sleep(0.3 if question == "0" else 0.02)
+        handler.reply(completion(question))
+
+    server = serve(behave)
+    found = ask(server, [str(i) for i in range(8)], workers=4)
+    assert found == {i: str(i) for i in range(8)}
+    assert next(iter(found)) != 0
+    assert 2 <= server.most <= 4
+
+
+def flags(out: Path, server: Server, *more: object) -> list[str]:
+    usual = ["--method", "sgpo", "--model", GOLDEN / "start", "--data", GOLDEN / "rows.jsonl"]
+    usual += ["--out", out, "--steps", 1, "--batch-size", 6, "--max-length", 64]
+    usual += ["--max-new-tokens", 16, "--improver-epochs", 0.1, "--target-workers", 3]
+    usual += ["--improver-instruction", "{prompt} | {answer}", "--target-instruction"]
+    usual += ["{prompt} # {gold} # {answer}", "--target-source", server.url]
+    return [str(flag) for flag in (*usual, "--target-model", "strong", *more)]
+
+
+def test_a_run_asks_each_question_once_stopped_or_not_and_writes_no_key(
+    serve: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server stops answering after ten questions; the resumed run asks the other fourteen."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    out, limit = tmp_path / "run", [10]
+
+    def behave(handler: Any, question: str, times: int) -> None:
+        with handler.server.lock:
+            limit[0] -= 1
+            stopped = limit[0] < 0
+        prompt, gold, _ = question.split(" # ")
+        time.sleep(0.05 if prompt.startswith("add") else 0)
+        if stopped:
+            handler.reply({}, 401)
+        elif prompt.startswith("sort"):
+            handler.reply(completion(None, refusal="no"))
+        else:
+            handler.reply(completion(gold[:-1] + "*"))
+
+    server = serve(behave)
+    assert train.main(flags(out, server)) == 2
+    assert "OPENAI_API_KEY" in capsys.readouterr().err
+    lines = (out / "improver_targets.jsonl").read_text().splitlines()
+    assert len(lines) == 10
+    limit[0] = 1000
+    assert train.main(flags(out, server, "--resume")) == 0
+    shown = capsys.readouterr().out
+    paid = [question for question in server.asked if server.asked.count(question) > 1]
+    assert len(paid) <= 2 * 3  # in flight when it stopped, and answered 401
+    rows = [json.loads(line) for line in (out / "improver_targets.jsonl").read_text().splitlines()]
+    gold = [json.loads(line) for line in (GOLDEN / "rows.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(24))
+    for row, source in zip(rows, gold, strict=True):
+        assert row["prompt"] == source["prompt"]
+        if row["prompt"].startswith("sort"):
+            assert (row["improved"], row["dropped"]) == (None, "refused")
+        else:
+            assert row["improved"] == source["chosen"][:-1] + "*"
+    assert json.loads((out / "improver_filter.json").read_text())["targets"] == 18
+    assert "18 targets" in shown
+    assert "6 refused" in shown
+    assert "requests/s" in shown
+    asked_for = {question.split(" # ")[0] for question in server.asked}
+    assert asked_for == {source["prompt"] for source in gold}
+    for path in out.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes()
+    assert KEY not in shown
