@@ -395,6 +395,7 @@ class TargetServer:
     key: str | None
     workers: int = 8
     timeout: float = 120.0  # seconds
+    max_tokens: int = 0  # of an answer; 0: the server's default
     tries: int = 8
     pause: float = 1.0  # seconds
 
@@ -426,7 +427,9 @@ class TargetServer:
 
     def ask(self, messages: Messages) -> tuple[str | None, str]:
         """One answer, or None and why."""
-        body, why = json.dumps({"model": self.model, "messages": list(messages)}).encode(), ""
+        asked: dict[str, Any] = {"model": self.model, "messages": list(messages)}
+        asked |= {"max_tokens": self.max_tokens} if self.max_tokens else {}
+        body, why = json.dumps(asked).encode(), ""
         for attempt in range(self.tries):
             try:
                 return self.read(self.post(body))

@@ -88,6 +88,8 @@ mends answers to the built-in tasks; default: tasks where there is no --data, el
     "sgpo: questions to the URL at a time"
     target_timeout: float = 120.0  # [ours]
     "sgpo: seconds to wait for an answer of the URL"
+    target_max_tokens: int = 0  # [ours]
+    "sgpo: max_tokens of a question to the URL; 0: as the server has it. Cut answers are dropped"
     target_instruction: str = TARGET  # [ours]
     "sgpo: the question to the URL, with {prompt}, {gold} and {answer}"
     improver_instruction: str = IMPROVER  # [ours]

@@ -152,10 +152,15 @@ TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
     "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": 1e-4, "max_length": 128,
     "segment_length": "8", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
     "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256,
-    "max_new_tokens": 40, "improver_lr": 1e-3, "improver_epochs": 20.0, "responses_per_prompt": 1,
+    "max_new_tokens": 40,
+}  # fmt: skip
+TASKS_SGPO = TASKS | {
+    "method": "sgpo", "lr": 1e-5, "improver_lr": 1e-4, "improver_epochs": 4.0,
+    "responses_per_prompt": 8, "improve_temperature": 0.0,
     "improver_instruction": data.REWRITE_PROMPT.replace("{draft}", "{answer}"),
 }  # fmt: skip
-RECIPES: dict[str, dict[str, Any]] = {"tasks": TASKS, **sapo.RECIPES, **sgpo.RECIPES}
+RECIPES: dict[str, dict[str, Any]] = {"tasks": TASKS, "tasks-sgpo": TASKS_SGPO}
+RECIPES |= sapo.RECIPES | sgpo.RECIPES
 RECIPES |= {f"tasks-{name}": TASKS | change for name, change in sapo.ABLATIONS.items()}
 OWN: dict[str, dict[str, Any]] = {"spin": {"temperature": 1.0, "top_k": 0, "top_p": 1.0}}  # [spin]
 READ_BY = {  # flags that only these methods read
@@ -198,7 +203,8 @@ RANGES = {  # the smallest and the largest value of each number
     "replay_capacity": (0, 1e9), "responses_per_prompt": (1, 1e4), "iterations": (1, 1e4),
     "max_new_tokens": (1, 1e7), "trace_steps": (1, 1e6), "rounds": (1, 1e4),
     "improver_epochs": (1e-9, 1e6), "improver_lr": (1e-30, 1e3), "improver_mix": (0, 0.99),
-    "fence_k": (0, 1e6), "target_workers": (1, 1000), "target_timeout": (1e-3, 1e6),
+    "fence_k": (0, 1e6), "target_workers": (1, 1000), "target_max_tokens": (0, 1e7),
+    "target_timeout": (1e-3, 1e6),
 }  # fmt: skip
 
 
@@ -211,7 +217,8 @@ def parse_args(argv: Sequence[str]) -> Config:
     parser = sample.Parser(
         prog="train.py",
         description=(__doc__ or "").split("\n")[0],
-        epilog="recipes (`tasks` is in force where no --data is given):\n" + "\n".join(listing),
+        epilog="recipes (`tasks`, or `tasks-sgpo`, is in force where no --data is given):\n"
+        + "\n".join(listing),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -219,7 +226,8 @@ def parse_args(argv: Sequence[str]) -> Config:
     given = vars(parser.parse_args(argv))
     if "steps" in given and "epochs" in given:
         raise InputError("--steps and --epochs both say how long to train: give one of them")
-    recipe = given.get("recipe") or (None if given.get("data") else "tasks")
+    usual = "tasks-sgpo" if given.get("method") == "sgpo" else "tasks"
+    recipe = given.get("recipe") or (None if given.get("data") else usual)
     if recipe is not None and recipe not in RECIPES:
         raise InputError(f"--recipe {recipe!r} is none of {', '.join(RECIPES)}")
     named = RECIPES[recipe] if recipe else {}
@@ -976,9 +984,9 @@ def improvements(
             yield i, ask.response or None, "" if ask.response else "no gold"
         return
     url, key = (config.target_source or "").rstrip("/"), os.environ.get("OPENAI_API_KEY")
-    server = data.TargetServer(
-        url, config.target_model or "", key, config.target_workers, config.target_timeout
-    )
+    c, model = config, config.target_model or ""
+    settings = (c.target_workers, c.target_timeout, c.target_max_tokens)
+    server = data.TargetServer(url, model, key, *settings)
     questions = [
         sgpo.target_prompt(ask.messages, ask.response, answer, config.target_instruction)
         for ask, answer in zip(asks, answers, strict=True)

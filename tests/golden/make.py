@@ -26,6 +26,9 @@ RUNS = {
     "sapo-dpo": f"{SAPO} --loss dpo --beta 0.1",
     "sapo-orpo": f"{SAPO} --loss orpo --orpo-lambda 0.05 --optimizer adamw",
     "spin": "--method spin --loss dpo --beta 0.1 --iterations 2 --max-new-tokens 24",
+    "sgpo": "--method sgpo --loss dpo --beta 0.1 --target-source gold --improver-epochs 0.5 "
+    "--improver-lr 1e-4 --steps 2 --rounds 2 --trace-steps 99 --temperature 1 --top-k 0 --top-p 1 "
+    "--max-new-tokens 24 --fence-k 1.5 --improver-instruction {prompt}_|_{answer}",
     "dpo": "--method dpo --loss dpo --beta 0.1 --nll-weight 0.2 --schedule cosine",
 }
 
@@ -34,6 +37,7 @@ def record(name: str, trace: Path) -> None:
     """Runs one of RUNS, with its trace in a file."""
     here = {"start": str(HERE / "start"), "rows.jsonl": str(HERE / "rows.jsonl")}
     flags = [here.get(word, word) for word in f"{COMMON} {RUNS[name]}".split()]
+    flags = [flag.replace("_|_", " | ") for flag in flags]
     with tempfile.TemporaryDirectory() as folder:
         if train.main([*flags, "--out", folder, "--trace", str(trace)]):
             raise SystemExit(2)
