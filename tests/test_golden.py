@@ -100,10 +100,10 @@ def test_a_transformers_loop_fed_with_the_pairs_gets_the_same_numbers(name: str)
                 continue
             good, bad = logps(policy, prompt, chosen), logps(policy, prompt, rejected)
             assert good.sum().item() == pytest.approx(
-                values["pair/logps/chosen"][i], rel=1e-4, abs=2e-4
+                values["pair/logps/chosen"][i], rel=1e-4, abs=1e-3
             )
             assert bad.sum().item() == pytest.approx(
-                values["pair/logps/rejected"][i], rel=1e-4, abs=2e-4
+                values["pair/logps/rejected"][i], rel=1e-4, abs=1e-3
             )
             if args["loss"] == "orpo":
                 p, q = good.mean().exp(), bad.mean().exp()
@@ -113,7 +113,7 @@ def test_a_transformers_loop_fed_with_the_pairs_gets_the_same_numbers(name: str)
                 with torch.no_grad():
                     base = [logps(reference, prompt, side).sum() for side in (chosen, rejected)]
                 assert base[0].item() == pytest.approx(
-                    values["pair/ref_logps/chosen"][i], rel=1e-4, abs=2e-4
+                    values["pair/ref_logps/chosen"][i], rel=1e-4, abs=1e-3
                 )
                 gap = (good.sum() - base[0]) - (bad.sum() - base[1])
                 one = -torch.nn.functional.logsigmoid(args["beta"] * gap)
