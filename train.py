@@ -155,7 +155,7 @@ TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
     "max_new_tokens": 40,
 }  # fmt: skip
 TASKS_SGPO = TASKS | {
-    "method": "sgpo", "lr": 1e-5, "improver_lr": 1e-4, "improver_epochs": 4.0,
+    "method": "sgpo", "lr": 3e-6, "improver_lr": 1e-4, "improver_epochs": 4.0,
     "responses_per_prompt": 8, "improve_temperature": 0.0,
     "improver_instruction": data.REWRITE_PROMPT.replace("{draft}", "{answer}"),
 }  # fmt: skip
@@ -1062,6 +1062,7 @@ def run(config: Config, ranks: Ranks) -> None:
             job.before, job.start = train_improver(config, job, ranks, asks), out / "improver"
         each = config.steps or math.ceil(config.epochs * len(wanted) / config.batch_size)
         control.steps = job.before + config.rounds * each  # as many as both phases take
+        control.lr = config.improver_lr
     with_control = on_tasks and config.method != "sft"
     if with_control and not (out / "control").exists():
         if ranks.first:
