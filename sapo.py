@@ -114,7 +114,7 @@ class Settings:
     ref_update_every: int | None = None  # [code]: 108, its epoch
     "steps between refreshes of the reference, from step 0 on; default: one epoch"
     responses_per_prompt: int = 1  # [code]
-    "rewrites of each row and step"
+    "rewrites of each row and step; sgpo: drafts of each training prompt, for phase 1"
     sample_every: int = 1  # [code]
     "steps between generations; between them pairs come from the buffer alone"
     drop_identical: bool = False  # [code]

@@ -28,6 +28,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -135,7 +137,9 @@ of phase 2, in each round"
     save_dtype: Literal["fp32", "bf16"] = "fp32"  # [ours]: an update of 5e-7 is lost in bf16
     "type of the weights in OUT/final"
     save_every: int = 0
-    "steps between checkpoints; 0: none"
+    "steps between checkpoints; 0: none, but for the one that SIGTERM makes"
+    keep: int = 0
+    "how many checkpoints are kept, the newest; 0: all"
     log_every: int = 10  # [ours]
     "steps between rows of metrics.jsonl"
     eval_every: int = 0
@@ -188,13 +192,14 @@ START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in
     "tie_word_embeddings": True, "max_position_embeddings": 2048, "hidden_act": "silu",
 }  # fmt: skip
 MAY_CHANGE = {"resume", "out", "steps", "epochs", "log_every", "save_every", "show_every"}
-MAY_CHANGE |= {"trace", "trace_steps"}
+MAY_CHANGE |= {"trace", "trace_steps", "keep"}
 
 
 RANGES = {  # the smallest and the largest value of each number
     **dict.fromkeys(("steps", "batch_size", "micro_batch_size", "generate_batch_size"), (1, 1e9)),
     **dict.fromkeys(("ema_every", "ref_update_every", "sample_every", "log_every"), (1, 1e9)),
-    **dict.fromkeys(("save_every", "eval_every", "show_every", "top_k", "warmup"), (0, 1e9)),
+    **dict.fromkeys(("save_every", "eval_every", "show_every", "keep"), (0, 1e9)),
+    **dict.fromkeys(("top_k", "warmup"), (0, 1e9)),
     **dict.fromkeys(("nll_weight", "orpo_lambda", "max_grad_norm"), (0, 1e6)),
     **dict.fromkeys(("temperature", "improve_temperature"), (0, 1e6)),
     "epochs": (1e-9, 1e6), "lr": (1e-30, 1e3), "beta": (1e-9, 1e6), "weight_decay": (0, 1),
@@ -315,10 +320,15 @@ def outline(folder: Path) -> Transformer:
     return model
 
 
+class Stopped(Exception):
+    """SIGTERM came, and what is to be saved has been."""
+
+
 class Ranks:
     """The processes of the run, and the only place that knows how many there are."""
 
     def __init__(self) -> None:
+        self.asked_to_stop = False  # by SIGTERM
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
@@ -369,6 +379,10 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(value)
         return value
+
+    def stops(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on all."""
+        return bool(self.sum(torch.tensor(float(self.asked_to_stop), device=self.device)))
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -453,7 +467,7 @@ class Trainer:
         self.beta, self.drift = config.beta, sapo.Drift()
         self.seconds: dict[str, float] = {}
         self.generated = 0  # tokens, in this step
-        self.bad_steps = 0  # in a row
+        self.bad_steps = self.skipped = 0  # updates left out: in a row, and in all
         self.nll_weight = 1.0 if config.loss in (None, "orpo") else config.nll_weight
         self.policy = ranks.build(job.start, config, learns=True)
         self.optimizer = self.make_optimizer()  # at once: after a forward it may hold stale objects
@@ -528,8 +542,11 @@ class Trainer:
             told = {"seconds/eval", "improve/pairs"} & row.keys()
             if t % self.config.log_every == 0 or t == self.steps or told:
                 self.log(t, row, (time.perf_counter() - began) / (t - first))
-            if self.config.save_every and t % self.config.save_every == 0:
+            stops = self.ranks.stops()
+            if stops or (self.config.save_every and t % self.config.save_every == 0):
                 self.save(t)
+            if stops:
+                raise Stopped(f"stopped after step {self.job.before + t}; --resume goes on")
         self.save_final()
 
     def step(self, t: int) -> dict[str, float]:
@@ -550,7 +567,8 @@ class Trainer:
             row |= self.summary(pairs, stats, "")
             row |= self.drift.observe(pairs, stats[:, COLUMNS.index("logps/chosen")].tolist())
             with self.phase("optimizer"):
-                row["grad_norm"] = self.update(row["lr"])
+                row["grad_norm"] = self.update(row["lr"], row["loss"])
+        row["skipped"] = float(self.skipped)
         row["tokens/generate"] = float(self.generated)
         if c.show_every and t % c.show_every == 0 and self.ranks.first:
             shown = [pair for pair in pairs if isinstance(pair, sapo.SegmentPair)]
@@ -683,20 +701,26 @@ class Trainer:
             row |= sapo.segment_metrics(pairs, segments)
         return {prefix + key: value for key, value in row.items()}
 
-    def update(self, lr: float) -> float:
-        """Clips, steps, and returns the gradient's norm before clipping. A step whose norm is not
-        finite is skipped; five in a row end the run."""
+    def update(self, lr: float, loss: float) -> float:
+        """Clips, steps, and returns the gradient's norm before clipping. A step whose loss or norm
+        is not finite is skipped; five in a row end the run."""
         limit = self.config.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit, foreach=True)
         value = float(self.ranks.whole(norm))
-        if math.isfinite(value):
+        good = math.isfinite(value) and math.isfinite(loss)
+        if good:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.bad_steps = 0 if math.isfinite(value) else self.bad_steps + 1
+        self.bad_steps = 0 if good else self.bad_steps + 1
+        self.skipped += not good
         if self.bad_steps == 5:
-            raise InputError("the gradient was not finite 5 steps in a row: try a lower --lr")
+            last = max(self.checkpoints().items(), default=(0, "none: see --save-every"))[1]
+            raise InputError(
+                "loss or gradient was not finite 5 steps in a row: try a lower --lr; "
+                f"the last checkpoint is {last}"
+            )
         return value
 
     def generate(
@@ -755,6 +779,7 @@ class Trainer:
             return
         name = self.job.phase or self.config.method
         whole = {"step": self.job.before + step, "phase": name} | row
+        whole = {k: None if v in (math.inf, -math.inf) or v != v else v for k, v in whole.items()}
         with self.job.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(whole) + "\n")
         names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
@@ -794,18 +819,34 @@ class Trainer:
         if self.job.checkpoints is not None:
             number = self.job.before + step
             self.publish(self.job.checkpoints / f"step-{number}", self.write_checkpoint)
+            if self.config.keep and self.ranks.first:
+                for _, folder in sorted(self.checkpoints().items())[: -self.config.keep]:
+                    shutil.rmtree(folder)
 
     def publish(self, folder: Path, write: Callable[[Path], None]) -> None:
-        """Writes a folder that appears whole or not at all: beside its place, then renamed."""
-        partial = folder.with_name(f".{folder.name}")
+        """Writes a folder that appears whole or not at all: beside its place, then renamed. What
+        cannot be written whole, as where the disk is full, is taken away."""
+        partial, old = folder.with_name(f".{folder.name}"), folder.with_name(f".{folder.name}.old")
         if self.ranks.first:
-            shutil.rmtree(partial, ignore_errors=True)
+            for path in (partial, old):
+                shutil.rmtree(path, ignore_errors=True)
         self.ranks.barrier()
-        write(partial)
+        try:
+            write(partial)
+            if self.ranks.first:
+                for path in (*(f for f in partial.rglob("*") if f.is_file()), partial):
+                    flush(path)
+        except BaseException:
+            if self.ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         self.ranks.barrier()
         if self.ranks.first:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
             partial.rename(folder)
+            flush(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
         self.ranks.barrier()
 
     def write_checkpoint(self, folder: Path) -> None:
@@ -822,26 +863,53 @@ class Trainer:
             (folder / "optimizer").mkdir()
             save_file(self.source.state_dict(), folder / "source.safetensors")
             save_file(self.drift.state_dict(), folder / "drift.safetensors")
+            counts = {"skipped": self.skipped, "bad_steps": self.bad_steps}
+            (folder / "trainer.json").write_text(json.dumps(counts) + "\n", encoding="utf-8")
         fetch = lambda name: self.ranks.whole(state[name]).cpu()  # noqa: E731
         lm.write_weights(folder / "optimizer", sizes, fetch, self.ranks.first)
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The checkpoints on disk by their number of steps."""
+        folders = [] if self.job.checkpoints is None else self.job.checkpoints.glob("step-*")
+        return {int(f.name[5:]): f for f in folders if f.name[5:].isdecimal()}
+
+    def check(self, folder: Path) -> None:
+        """Raises InputError where a checkpoint is not whole; headers are read, and no weights."""
+        for name, model in self.models.items():
+            lm.find_weights(dict(model.named_parameters()), folder / name)
+        lm.weight_files(folder / "optimizer")
+        lm.read_json(folder / "trainer.json")
+        for name in ("source", "drift"):
+            with lm.open_safetensors(folder / f"{name}.safetensors"):
+                pass
 
     def restore(self) -> int:
         """Takes up the newest whole checkpoint of this phase; returns the steps that it has done of
         it, or 0 where there is none."""
-        before = self.job.before
-        folders = [] if self.job.checkpoints is None else self.job.checkpoints.glob("step-*")
-        found = {int(f.name[5:]): f for f in folders if f.name[5:].isdecimal()}
-        step = max((number for number in found if number > before), default=before)
+        before, step = self.job.before, self.job.before
+        for number, folder in sorted(self.checkpoints().items(), reverse=True):
+            if number <= before:
+                break
+            try:
+                self.check(folder)
+            except InputError as error:
+                if self.ranks.first:
+                    print(f"warning: {folder} is not whole, and left out: {error}", file=sys.stderr)
+                continue
+            step = number
+            break
         if step - before > self.steps:
-            raise InputError(f"--steps {self.steps}, but {found[step]} is beyond that already")
+            raise InputError(f"--steps {self.steps}, but {folder} is beyond that already")
         if step > before:
             for name, model in self.models.items():
                 parameters = dict(model.named_parameters())
-                lm.load_weights(parameters, found[step] / name, self.ranks.place)
-            self.restore_optimizer(found[step] / "optimizer")
+                lm.load_weights(parameters, folder / name, self.ranks.place)
+            self.restore_optimizer(folder / "optimizer")
             for name, part in (("source", self.source), ("drift", self.drift)):
-                with lm.open_safetensors(found[step] / f"{name}.safetensors") as file:
+                with lm.open_safetensors(folder / f"{name}.safetensors") as file:
                     part.load_state_dict({k: file.get_tensor(k) for k in sorted(file.keys())})
+            counts = lm.read_json(folder / "trainer.json")
+            self.skipped, self.bad_steps = int(counts["skipped"]), int(counts["bad_steps"])
         if self.job.trace is not None:
             self.job.trace.forget_after(step)
         if self.ranks.first:
@@ -874,7 +942,24 @@ def keep_rows(path: Path, key: str, most: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         found = ((line, re.match(rf'{{"{key}": (-?\d+),.*}}\n', line)) for line in lines)
         kept = [line for line, match in found if match and int(match[1]) <= most]
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is the old one or the new one at any time, and never half of it."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
+    partial.rename(path)
+
+
+def flush(path: Path) -> None:
+    """Has a file's content, or a folder's entries, written to the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def as_prompt(messages: data.Messages) -> Any:
@@ -915,7 +1000,7 @@ def train_improver(config: Config, job: Job, ranks: Ranks, asks: Sequence[sgpo.A
     if ranks.first:
         told = f"{len(targets)} targets, {len(targets) - len(given)} too long, "
         print(f"{told}{report['dropped']} beyond a perplexity of {fence:.4g}", flush=True)
-        note.write_text(json.dumps({"steps": trainer.steps} | report, indent=1) + "\n")
+        write_text(note, json.dumps({"steps": trainer.steps} | report, indent=1) + "\n")
     trainer.train()
     return trainer.steps
 
@@ -943,10 +1028,9 @@ def obtain_targets(config: Config, trainer: Trainer, asks: Sequence[sgpo.Ask]) -
     if ranks.first:
 
         def write(rows: dict[int, dict[str, Any]]) -> None:
-            partial = path.with_name(f".{path.name}")
-            lines = (json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows))
-            partial.write_text("".join(lines), encoding="utf-8")
-            partial.rename(path)
+            write_text(
+                path, "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows))
+            )
 
         write(known)
         with path.open("a", encoding="utf-8") as file:
@@ -961,6 +1045,8 @@ def obtain_targets(config: Config, trainer: Trainer, asks: Sequence[sgpo.Ask]) -
                 known[i] |= {"dropped": why} if why else {}
                 file.write(json.dumps(known[i], ensure_ascii=False) + "\n")
                 file.flush()
+                if ranks.asked_to_stop:
+                    raise Stopped("stopped while targets were asked for; --resume goes on")
         write(known)
         dropped = collections.Counter(row.get("dropped") for row in known.values())
         print(", ".join(f"{n} {why or 'targets'}" for why, n in dropped.items()), flush=True)
@@ -1007,15 +1093,29 @@ def improvements(
 
 def main(argv: Sequence[str]) -> int:
     """Parses, runs, and turns bad input into one line and exit status 2."""
+    ranks = None
+
+    def on_sigterm(*_: Any) -> None:
+        if ranks is None:
+            raise SystemExit(143)
+        ranks.asked_to_stop = True
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        run(parse_args(argv), Ranks())
+        config = parse_args(argv)
+        ranks = Ranks()
+        run(config, ranks)
         return 0
-    except (InputError, OSError) as error:
+    except (InputError, OSError, SafetensorError) as error:  # the last where a disk is full
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(10)  # rank 0 most likely says the same, and torchrun then ends this one
-        print(f"error: {error}", file=sys.stderr)
+            time.sleep(1)  # rank 0 most likely says the same, and torchrun then ends this one
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 143
     finally:
+        signal.signal(signal.SIGTERM, before)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1143,6 +1243,9 @@ def claim(out: Path, config: Config, ranks: Ranks) -> None:
     """Takes --out for this run, or on resume checks that the run in it was started alike."""
     args, made = out / "args.json", "start control metrics.jsonl final checkpoints improver"
     made += " improver_targets.jsonl pairs.jsonl"
+    for path in out.iterdir() if out.is_dir() else ():
+        if path.is_symlink():
+            raise InputError(f"--out {out} holds a symbolic link, {path.name}: take another folder")
     taken = [name for name in made.split() if (out / name).exists()]
     if taken and not config.resume:
         raise InputError(f"--out {out} holds {taken[0]} of another run: --resume or another folder")
@@ -1162,7 +1265,7 @@ def claim(out: Path, config: Config, ranks: Ranks) -> None:
     if ranks.first:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            args.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            write_text(args, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         except OSError as error:
             problem = error.strerror or "not writable"
     if ranks.sum(torch.tensor(float(bool(problem)), device=ranks.device)):

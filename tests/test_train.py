@@ -200,8 +200,8 @@ def test_what_another_run_left_is_not_taken_for_ones_own(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("harm", ["source", "optimizer", "steps"])
-def test_a_harmed_checkpoint_gives_one_line(
+@pytest.mark.parametrize("harm", ["source", "optimizer", "policy", "trainer"])
+def test_a_harmed_checkpoint_is_left_out_for_the_one_before_it(
     harm: str, sapo_run: Path, start: Path, rows: Path, tmp_path: Path, capsys
 ) -> None:
     out = tmp_path / "run"
@@ -212,12 +212,31 @@ def test_a_harmed_checkpoint_gives_one_line(
         (newest / "source.safetensors").write_bytes(b"\0" * 30)
     if harm == "optimizer":
         shutil.rmtree(newest / "optimizer")
+    if harm == "policy":
+        file = newest / "policy" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-7])
+    if harm == "trainer":
+        (newest / "trainer.json").write_text("{")
     flags = ["--model", start, "--data", rows, "--out", out, "--resume", "--save-every", 3]
     flags += ["--eval-data", rows, "--eval-every", 3, *SMALL]
-    assert run(*flags, *(["--steps", 4] if harm == "steps" else [])) == 2
-    shown = capsys.readouterr().err
-    assert str(newest) in shown.split("error: ")[1]
-    assert shown.split("error: ")[1].count("\n") == 1
+    assert run(*flags) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"warning: {newest} is not whole")
+    assert "resuming after step 3" in shown.out
+    assert metrics(out) == metrics(sapo_run)
+    one, other = (load_file(f / "final" / "model.safetensors") for f in (out, sapo_run))
+    assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_fewer_steps_than_are_done_is_an_error(
+    sapo_run: Path, start: Path, rows: Path, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(sapo_run, out)
+    shutil.rmtree(out / "final")
+    flags = ["--model", start, "--data", rows, "--out", out, "--resume", "--save-every", 3]
+    assert run(*flags, "--eval-data", rows, "--eval-every", 3, *SMALL, "--steps", 4) == 2
+    assert str(out / "checkpoints" / "step-6") in capsys.readouterr().err.split("error: ")[1]
 
 
 @pytest.mark.parametrize("world", [2, 4])
