@@ -29,6 +29,7 @@ import threading
 import time
 import unicodedata
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -223,6 +224,7 @@ def load_targets(path: str | Path) -> list[Target]:
         texts = [row.get(key) for key in ("response", "improved")]
         if not all(isinstance(text, str) for text in texts) or not texts[1].strip():
             raise InputError(f"{where}: 'response' and 'improved' should be text")
+        check_text("".join(texts), where)
         targets.append(Target(messages, *texts))
     if not targets:
         raise InputError(f"no targets in {path}: give at least one")
@@ -336,9 +338,18 @@ def _turn(turn: Any, where: str) -> dict[str, str]:
         raise InputError(f"{where}: role {_short(role)} is not one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise InputError(f"{where}: 'content' should be text, not {_short(content)}")
+    check_text(content, where)
     if role != "system" and not content.strip():
         raise InputError(f"{where}: the {role}'s text is empty; fill it, or leave out the row")
     return {"role": role, "content": content}
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises InputError for half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: {text[error.start]!r} is no character; mend the text") from None
 
 
 def _short(value: Any, size: int = 60) -> str:
@@ -400,6 +411,15 @@ class TargetServer:
     pause: float = 1.0  # seconds
 
     def __post_init__(self) -> None:
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            right = False
+        if not right or not self.url.isascii() or re.search(r"[\s\0-\x1f]", self.url):
+            raise InputError(f"{_short(self.url)} is no address such as http://localhost:8000/v1")
+        if self.key and not (self.key.isascii() and self.key.isprintable()):
+            raise InputError("the key in OPENAI_API_KEY has characters that no header can hold")
         self.stopping = threading.Event()
         self.opener = urllib.request.build_opener(Unmoved)
 
@@ -468,14 +488,16 @@ class TargetServer:
             ) from None
         except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
             raise Again(_line(error)) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Again("the reply is not JSON") from None
 
     def reason(self, error: urllib.error.HTTPError) -> str:
         """The server's own words, without the key should it repeat it."""
         with suppress(OSError, http.client.HTTPException):
             text = error.read(2000).decode("utf-8", "replace")
-            return _short(text.replace(self.key, "***") if self.key else text, 300)
+            for form in (self.key, json.dumps(self.key)[1:-1]) if self.key else ():
+                text = text.replace(form, "***")
+            return _short(text, 300)
         return str(error.reason)
 
     def read(self, reply: Any) -> tuple[str | None, str]:
@@ -488,17 +510,20 @@ class TargetServer:
                 return None, "refused"
             if reason == "length":
                 return None, "cut"
+            text.encode()
             return (text.strip(), "") if text.strip() else (None, "empty")
         except (LookupError, TypeError, AttributeError):
             raise Again("the reply is no chat completion") from None
+        except UnicodeEncodeError:
+            return None, "not text"
 
 
 def retry_after(value: str) -> float | None:
-    """The seconds that a Retry-After header, of seconds or of a date, asks to wait."""
+    """The seconds, a day at most, that a Retry-After header of seconds or a date asks to wait."""
     if value.strip().isdecimal():
-        return float(value)
-    with suppress(ValueError):
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        return min(86400.0, float(value))
+    with suppress(ValueError, OverflowError):
+        return min(86400.0, max(0.0, parsedate_to_datetime(value).timestamp() - time.time()))
     return None
 
 

@@ -142,6 +142,11 @@ def parse_args(argv: Sequence[str]) -> Flags:
         raise InputError("give --prompt TEXT or --prompts FILE, one of the two")
     if flags.prompt is not None and not flags.prompt.strip():
         raise InputError("--prompt is empty")
+    if flags.improver_instruction is not None:
+        if not flags.improve:
+            raise InputError("--improver-instruction goes with --improve")
+        if "{answer}" not in flags.improver_instruction:
+            raise InputError("--improver-instruction holds no {answer}")
     if flags.out is not None and flags.prompts is None:
         raise InputError("--out goes with --prompts")
     for name, low, high in (
@@ -194,10 +199,9 @@ def sample_answers(
 ) -> list[list[str]]:
     """An answer to each conversation, then `flags.improve` times an improvement of the last."""
     file = Path(flags.model or "") / IMPROVER_FILE
-    known = read_json(file).get("instruction") if file.exists() else None
-    instruction = flags.improver_instruction or known or sgpo.IMPROVER
-    if not isinstance(instruction, str):
-        raise InputError(f"{file}: 'instruction' should be text")
+    instruction = flags.improver_instruction or sgpo.IMPROVER
+    if flags.improver_instruction is None and flags.improve and file.exists():
+        instruction = read_instruction(file)
     asked, answers = list(conversations), list[list[str]]()
     for i in range(1 + flags.improve):
         new = generate(
@@ -210,6 +214,14 @@ def sample_answers(
         both = zip(conversations, answers[-1], strict=True)
         asked = [sgpo.improver_prompt(turns, text, instruction) for turns, text in both]
     return answers
+
+
+def read_instruction(file: Path) -> str:
+    """How a model was asked for improvements when it was trained."""
+    instruction = read_json(file).get("instruction")
+    if not isinstance(instruction, str) or "{answer}" not in instruction:
+        raise InputError(f"{file}: 'instruction' should be text that holds {{answer}}")
+    return instruction
 
 
 def check_vocabulary(tokenizer: data.Tokenizer, model: Transformer, where: str | Path) -> None:
@@ -283,8 +295,9 @@ class Trace:
             step/beta, step/norm/policy (after the step), and step/norm/ema and step/norm/reference
             (as the step used them)
         pair/step (N,), and as long: pair/place, where a pair was drawn from (the replay buffer
-            with this step's fresh pairs in it, 0 the oldest; SPIN's pool; the rows), pair/losses,
-            pair/logps/chosen and so on, log-probs being sums under the policy before the step
+            with this step's fresh pairs in it, 0 the oldest; SPIN's pool; SGPO's round; the rows),
+            pair/losses, pair/logps/chosen and so on, log-probs being sums under the policy before
+            the step
         pair/lengths (N, 3): tokens of prompt, chosen and rejected, which lie one behind the other
             in pair/tokens
         pair/bounds (N, 3): chosen[start:stop] is B, rejected[start:new_stop] B', or -1; pair/logp
@@ -296,12 +309,16 @@ class Trace:
 
     def __init__(self, path: str, flags: Any) -> None:
         self.path, self.parts = Path(path), list[dict[str, Tensor]]()
-        places = ("model", "data", "eval_data", "out", "resume", "trace")
-        self.args = {k: v for k, v in asdict(flags).items() if k not in places}
+        self.partial = self.path.parent / f".{self.path.name}.partial"
+        places = "model data eval_data out resume trace improver preference_data target_source"
+        self.args = {k: v for k, v in asdict(flags).items() if k not in places.split()}
         if self.path.exists() and not (flags.resume and self.path.is_file()):
             raise InputError(f"--trace {path} is there already: name a file that is not")
-        if not self.path.parent.is_dir():
-            raise InputError(f"--trace {path}: {self.path.parent} is not a folder")
+        try:
+            self.partial.touch()
+            self.partial.unlink()
+        except OSError as error:
+            raise InputError(f"--trace {path} cannot be written: {error.strerror}") from None
 
     def add(
         self,
@@ -322,9 +339,8 @@ class Trace:
             part[f"{name}/step"] = torch.full((len(made),), step)
         self.parts.append(part)
         whole = {key: torch.cat([part[key] for part in self.parts]) for key in self.parts[0]}
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        save_file(whole, partial, {"args": json.dumps(self.args)})
-        partial.rename(self.path)
+        save_file(whole, self.partial, {"args": json.dumps(self.args)})
+        self.partial.rename(self.path)
 
     def forget_after(self, step: int) -> None:
         """Takes up the file of a run that goes on after this step."""
@@ -332,6 +348,8 @@ class Trace:
             return
         with open_safetensors(self.path) as file:
             whole = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if not {"step/step", "pair/step", "fresh/step", "pair/lengths"} <= whole.keys():
+            raise InputError(f"--trace {self.path} is no trace of this program's")
         for name in ("step", "pair", "fresh"):
             kept = int((whole[f"{name}/step"] <= step).sum())
             for key in [key for key in whole if key.startswith(name) and "/tokens" not in key]:

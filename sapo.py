@@ -227,7 +227,8 @@ class SPIN:
 
     Args:
         rows: (prompt, gold response, anything) as token ids; only the first two are read.
-        starts: the step at which each iteration begins, as `spin_starts` gives them.
+        bounds: the step at which each iteration begins, as `spin_starts` gives them, and then the
+            last one's end.
     """
 
     def __init__(
@@ -237,10 +238,10 @@ class SPIN:
         opponent: nn.Module,
         generate: Generate,
         settings: Settings,
-        starts: Sequence[int],
+        bounds: Sequence[int],
     ) -> None:
         self.rows, self.policy, self.opponent, self.generate = rows, policy, opponent, generate
-        self.settings, self.starts = settings, starts
+        self.settings, self.bounds = settings, bounds
         self.iteration = 0
         self.previous: dict[int, SegmentPair] = {}  # by row, of the iteration before
         self.current: dict[int, SegmentPair] = {}
@@ -251,14 +252,14 @@ class SPIN:
     def before_step(self, t: int) -> list[Pair]:
         """A batch of the iteration's pool: a pair for each row, then the previous iteration's.
         Rows that the opponent has not answered yet in this iteration are answered now."""
-        iteration = bisect.bisect_right(self.starts, t) - 1
+        iteration = bisect.bisect_right(self.bounds, t) - 1
         if iteration > self.iteration:
             self.iteration = iteration
             self.previous, self.current = dict(sorted(self.current.items())), {}
             copy_weights(self.opponent, self.policy)
         count, older = len(self.rows), list(self.previous.values())
         key = hash_seed(self.settings.seed, "spin", self.iteration)
-        at, size = t - self.starts[iteration], self.settings.batch_size
+        at, size = t - self.bounds[iteration], self.settings.batch_size
         self.picked = batch_indices(at, size, count + len(older), key)
         missing = {i for i in self.picked if i < count} - self.current.keys()
         asked = sorted(missing)
@@ -303,8 +304,11 @@ class SPIN:
 def spin_starts(steps: int, iterations: int) -> list[int]:
     """When each iteration of SPIN begins, so that each passes over its pairs equally often: the
     first has one for each row, the others two."""
-    shares = [max(0, 2 * k - 1) for k in range(iterations)]
-    return [round(steps * share / (2 * iterations - 1)) for share in shares]
+    starts = [0]
+    for k in range(1, iterations):  # each has a step at least, as long as there are steps
+        start = round(steps * (2 * k - 1) / (2 * iterations - 1))
+        starts.append(max(start, starts[-1] + 1))
+    return [start for start in starts if start < steps]
 
 
 class SegmentPair(Pair):

@@ -29,6 +29,7 @@ Sources know nothing of files, flags or ranks: `generate`, and what needs a toke
 come from the trainer.
 """
 
+import bisect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -123,7 +124,7 @@ class Ask(NamedTuple):
     gold: list[int]
 
 
-Score = Callable[[Sequence[Pair]], list[float]]  # summed log-probs of `chosen`, by a frozen model
+Score = Callable[[Sequence[Pair]], list[float]]  # summed log-probs of `chosen`
 Check = Callable[[str, str], bool]  # (the user's last turn, an answer) -> whether it is right
 JUDGED = 256  # pairs of a round, at most, whose gold log-probs are compared
 
@@ -133,8 +134,9 @@ class SGPO:
 
     Args:
         asks: the prompts; each round takes as many as its steps have use for, in its own order.
-        steps: of a round.
-        score: tells how an improvement compares with an answer where there is no `check`.
+        bounds: the step at which each round begins, and then the last one's end.
+        score: tells how an improvement compares with an answer where there is no `check`; under the
+            reference, or under the policy where there is none.
     """
 
     def __init__(
@@ -144,12 +146,12 @@ class SGPO:
         generate: Generate,
         settings: Settings,
         tokenizer: Tokenizer,
-        steps: int,
+        bounds: Sequence[int],
         score: Score,
         check: Check | None = None,
     ) -> None:
         self.asks, self.policy, self.generate, self.settings = asks, policy, generate, settings
-        self.tokenizer, self.steps, self.score, self.check = tokenizer, steps, score, check
+        self.tokenizer, self.bounds, self.score, self.check = tokenizer, bounds, score, check
         self.round = -1
         self.pairs: list[Pair] = []  # of the round
         self.metrics: dict[str, float] = {}
@@ -160,22 +162,23 @@ class SGPO:
     def before_step(self, t: int) -> list[Pair]:
         """A batch of the round's pairs, all of which are generated before its first step."""
         self.metrics, self.fresh, self.picked = {}, [], []
-        if t // self.steps > self.round:
-            self.round = t // self.steps
-            self.begin_round()
+        now = bisect.bisect_right(self.bounds, t) - 1
+        if now > self.round:
+            self.round = now
+            self.begin_round(self.bounds[now + 1] - self.bounds[now])
         self.metrics["sgpo/round"] = float(self.round)
         if not self.pairs:
             return []
         key = hash_seed(self.settings.seed, "pairs", self.round)
-        at, size = t % self.steps, self.settings.batch_size
+        at, size = t - self.bounds[now], self.settings.batch_size
         self.picked = batch_indices(at, size, len(self.pairs), key)
         return [self.pairs[i] for i in self.picked]
 
-    def begin_round(self) -> None:
+    def begin_round(self, steps: int) -> None:
         """Answers, improvements, and what is left of them as pairs."""
         c = self.settings
         key = hash_seed(c.seed, "round", self.round)
-        count = min(len(self.asks), self.steps * c.batch_size)
+        count = min(len(self.asks), steps * c.batch_size)
         asks = [self.asks[i] for i in batch_indices(0, count, len(self.asks), key)]
         answers, logps = self.write([ask.prompt for ask in asks], "answer")
         frames = [self.frame(ask, new) for ask, new in zip(asks, answers, strict=True)]
@@ -191,7 +194,7 @@ class SGPO:
             if fit
             for better in [next(asked)]
         ]
-        full = [one for one in made if all(map(self.tokenizer.strip_eos, one[1][1:]))]
+        full = [one for one in made if all(self.text(side).strip() for side in one[1][1:])]
         kept = [(ask, pair) for ask, pair in full if pair.chosen != pair.rejected]
         self.asked, self.fresh = [ask for ask, _ in kept], [pair for _, pair in kept]
         self.pairs = list(self.fresh)
@@ -204,20 +207,21 @@ class SGPO:
         if kept:
             self.metrics |= self.judge()
 
+    def text(self, ids: list[int]) -> str:
+        """A response without its EOS."""
+        return self.tokenizer.decode(self.tokenizer.strip_eos(ids))
+
     def frame(self, ask: Ask, answer: list[int]) -> list[int]:
         """The prompt that asks for a better answer, as token ids."""
-        text = self.tokenizer.decode(self.tokenizer.strip_eos(answer))
-        asked = improver_prompt(ask.messages, text, self.settings.improver_instruction)
-        return self.tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+        return frame(ask.messages, self.text(answer), self.tokenizer, self.settings)
 
     def judge(self) -> dict[str, float]:
         """How much better the round's improvements are than its answers: by the checker, or by what
         each does, as the answer in I(x, y), for the log-prob of the gold response behind it."""
         both = list(zip(self.asked, self.fresh, strict=True))
         if self.check is not None:
-            read = lambda ids: self.tokenizer.decode(self.tokenizer.strip_eos(ids))  # noqa: E731
             marks = [
-                [self.check(ask.messages[-1]["content"], read(side)) for side in (bad, good)]
+                [self.check(ask.messages[-1]["content"], self.text(side)) for side in (bad, good)]
                 for ask, (_, good, bad) in both
             ]
             shares = {
@@ -284,6 +288,24 @@ def improver_prompt(
     """
     last = fill(instruction, prompt=messages[-1]["content"], answer=answer)
     return [*map(dict, messages[:-1]), {"role": "user", "content": last}]
+
+
+def frame(messages: Messages, answer: str, tokenizer: Tokenizer, settings: Settings) -> list[int]:
+    """`improver_prompt` as token ids."""
+    asked = improver_prompt(messages, answer, settings.improver_instruction)
+    return tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+
+
+def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, settings: Settings) -> list[Ask]:
+    """The prompts whose improver's prompt, with an empty answer, fits. Raises InputError: none."""
+    room = settings.max_length - 1
+    kept = [ask for ask in asks if len(frame(ask.messages, "", tokenizer, settings)) < room]
+    if not kept:
+        raise InputError(
+            f"none of the {len(asks)} prompts fits into --max-length {settings.max_length} with "
+            "--improver-instruction around it"
+        )
+    return kept
 
 
 def target_prompt(

@@ -26,7 +26,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -175,6 +174,8 @@ READ_BY = {  # flags that only these methods read
     **dict.fromkeys(("generate_batch_size", "show_every"), ("sapo", "spin", "sgpo")),
     "max_new_tokens": ("spin", "sgpo"), "responses_per_prompt": ("sapo", "sgpo"),
 }  # fmt: skip
+ASKING = {"target_model", "target_workers", "target_timeout", "target_max_tokens"}  # of a server
+ASKING |= {"target_instruction"}
 for _name in ("seed", "batch_size", "max_length"):
     del READ_BY[_name]  # all do
 START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
@@ -232,7 +233,8 @@ def parse_args(argv: Sequence[str]) -> Config:
     if "steps" in given and "epochs" in given:
         raise InputError("--steps and --epochs both say how long to train: give one of them")
     usual = "tasks-sgpo" if given.get("method") == "sgpo" else "tasks"
-    recipe = given.get("recipe") or (None if given.get("data") else usual)
+    own = given.get("data") or (given.get("improver") and given.get("preference_data"))
+    recipe = given.get("recipe") or (None if own else usual)
     if recipe is not None and recipe not in RECIPES:
         raise InputError(f"--recipe {recipe!r} is none of {', '.join(RECIPES)}")
     named = RECIPES[recipe] if recipe else {}
@@ -242,11 +244,25 @@ def parse_args(argv: Sequence[str]) -> Config:
         values["steps"] = None
     if "loss" not in given and values.get("method") != named.get("method"):
         values["loss"] = None  # the recipe's is for the recipe's method
-    for name in given:
-        if method not in READ_BY.get(name, (method,)):
-            flag = f"--{name.replace('_', '-')}"
-            print(f"warning: --method {method} does not read {flag}", file=sys.stderr)
+    for name in unread(method, given):
+        print(f"warning: --{name.replace('_', '-')} is not read here")
+    if method == "sgpo" and given.get("improver") and "improver_instruction" not in given:
+        file = Path(given["improver"]) / sample.IMPROVER_FILE
+        if file.exists():  # how it was asked in training
+            values["improver_instruction"] = sample.read_instruction(file)
     return check(Config(**values))
+
+
+def unread(method: str, given: dict[str, Any]) -> list[str]:
+    """The flags that were given, and that such a run does not read."""
+    source = given.get("target_source", "")
+    idle = {name for name in given if method not in READ_BY.get(name, (method,))}
+    if method == "sgpo" and not source.startswith(("http://", "https://")):
+        idle |= {name for name in given if name in ASKING}
+    if method == "sgpo" and given.get("improver"):
+        phase_1 = ("target_", "improver_epochs", "improver_lr", "improver_mix", "fence_", "model")
+        idle |= {name for name in given if name.startswith(phase_1)}
+    return [name for name in given if name in idle]
 
 
 def check(config: Config) -> Config:
@@ -298,8 +314,10 @@ def check_sgpo(config: Config) -> None:
     config.model = config.improver or config.model
     source = config.target_source or ("tasks" if config.data is None else "gold")
     config.target_source = source
-    if is_url(config) and not config.target_model:
-        raise InputError("--target-source is a URL, so --target-model must say which model to ask")
+    if is_url(config):
+        target_server(config)
+        if not config.target_model:
+            raise InputError("--target-source is a URL: --target-model must say which model to ask")
     if source == "tasks" and config.data is not None:
         raise InputError("--target-source tasks mends the built-in tasks, and --data is given")
     for name in ("improver_instruction", "target_instruction"):
@@ -454,6 +472,19 @@ COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejec
     rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest tokens""".split()  # noqa: SIM905
 
 
+def schedule(config: Config, rows: int) -> list[int]:
+    """The steps at which the learning rate's schedule begins, and the last step's end: SPIN's
+    iterations and SGPO's rounds each have one of their own."""
+    c = config
+    passes = c.epochs * (2 * c.iterations - 1 if c.method == "spin" else 1)
+    steps = c.steps or max(1, math.ceil(passes * rows / c.batch_size - 1e-9))
+    if c.method == "spin":
+        return [*sapo.spin_starts(steps, c.iterations), steps]
+    if c.method == "sgpo":
+        return [steps * i for i in range(c.rounds + 1)]
+    return [0, steps]
+
+
 def nth(values: Sequence[float] | None, n: int, default: float) -> float:
     """The n-th of the values, the last for all that remain; where there are none the default."""
     return values[min(n, len(values) - 1)] if values else default
@@ -480,17 +511,11 @@ class Trainer:
 
     def take(self, rows: list[Pair]) -> None:
         """Makes these rows what is trained on: the number of steps follows, and the source."""
-        c, self.job.rows = self.config, rows
-        epoch = len(self.job.asks or rows) / c.batch_size  # in steps
-        passes = c.epochs * (2 * c.iterations - 1 if c.method == "spin" else 1)
-        self.steps = c.steps or max(1, math.ceil(passes * epoch - 1e-9))
-        self.starts = [0]  # of the learning rate's schedule, in SPIN's iterations and SGPO's rounds
-        if c.method == "spin":
-            self.starts = sapo.spin_starts(self.steps, c.iterations)
-        if c.method == "sgpo":
-            self.starts = [self.steps * i for i in range(c.rounds)]
-            self.steps *= c.rounds
-        self.source = self.make_source(c.ref_update_every or math.ceil(epoch))
+        self.job.rows, count = rows, len(self.job.asks or rows)
+        self.bounds = schedule(self.config, count)
+        self.steps = self.bounds[-1]
+        epoch = math.ceil(count / self.config.batch_size)  # in steps
+        self.source = self.make_source(self.config.ref_update_every or epoch)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """RMSprop or AdamW, one multi-tensor pass a step."""
@@ -510,12 +535,11 @@ class Trainer:
             return sapo.Static(rows, c)
         if c.method == "spin":
             opponent = self.models["reference"]
-            return sapo.SPIN(rows, self.policy, opponent, self.generate, c, self.starts)
+            return sapo.SPIN(rows, self.policy, opponent, self.generate, c, self.bounds)
         eos_ids = self.job.tokenizer.eos_ids
         if c.method == "sgpo":
-            tokenizer, steps = self.job.tokenizer, self.steps // c.rounds
             check = data.check_answer if self.job.on_tasks else None
-            known = (self.job.asks, self.policy, self.generate, c, tokenizer, steps)
+            known = (self.job.asks, self.policy, self.generate, c, self.job.tokenizer, self.bounds)
             return sgpo.SGPO(*known, self.gold_scores, check)
         models = (self.policy, self.models["ema"], self.models.get("reference"))
         c = dataclasses.replace(c, ref_update_every=ref_update_every)
@@ -523,7 +547,10 @@ class Trainer:
 
     def gold_scores(self, rows: Sequence[Pair]) -> list[float]:
         """Summed log-probs of responses under the reference, or the policy where there is none."""
-        stats = self.score(rows, False, self.models.get("reference"))
+        held, began = self.seconds, time.perf_counter()
+        self.seconds = {}  # its time is no policy's or reference's of the step
+        stats = self.score(rows, False, self.models.get("reference", self.policy))
+        self.seconds = held | {"judge": time.perf_counter() - began}
         return stats[:, COLUMNS.index("logps/chosen")].tolist()
 
     def text(self, ids: list[int]) -> str:
@@ -555,7 +582,8 @@ class Trainer:
         iteration, first, _ = self.stretch(t)
         if t == first:  # SPIN's iterations and SGPO's rounds are runs of their own
             self.optimizer.state.clear()
-        self.beta = nth(c.iteration_beta, iteration, c.beta)
+        if c.method == "spin":
+            self.beta = nth(c.iteration_beta, iteration, c.beta)
         self.seconds, self.generated = {}, 0
         with self.phase("source"):
             pairs = self.source.before_step(t)
@@ -573,7 +601,8 @@ class Trainer:
         if c.show_every and t % c.show_every == 0 and self.ranks.first:
             shown = [pair for pair in pairs if isinstance(pair, sapo.SegmentPair)]
             print(*(sample.paint(pair, self.job.tokenizer.decode) for pair in shown[:1]), sep="\n")
-        tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+        sides = [side for p in pairs for side in p[1:] if side]
+        tokens = sum(map(len, sides)) + sum(len(p.prompt) * (1 + bool(p.rejected)) for p in pairs)
         row["tokens_per_second"] = tokens / (time.perf_counter() - began)
         row |= self.source.metrics | {f"seconds/{k}": v for k, v in self.seconds.items()}
         self.record(self.job.before + t + 1, pairs, stats, row)
@@ -609,15 +638,17 @@ class Trainer:
 
     def stretch(self, t: int) -> tuple[int, int, int]:
         """The number, first step and end of the iteration or round of step t."""
-        number = bisect.bisect_right(self.starts, t) - 1
-        return number, self.starts[number], [*self.starts, self.steps][number + 1]
+        number = bisect.bisect_right(self.bounds, t, hi=len(self.bounds) - 1) - 1
+        return number, self.bounds[number], self.bounds[number + 1]
 
     def lr_at(self, t: int) -> float:
         """The learning rate of the update from t to t + 1: lr / W, 2 lr / W, ... over W warm-up
         steps, lr at the last of them, then down; the linear schedule ends at lr / (T - W)."""
         c = self.config
         number, first, end = self.stretch(t)
-        steps, t, peak = end - first, t - first, nth(c.iteration_lr, number, c.lr)
+        steps, t, peak = end - first, t - first, c.lr
+        if c.method == "spin":
+            peak = nth(c.iteration_lr, number, c.lr)
         warmup = round(c.warmup * steps) if c.warmup < 1 else round(c.warmup)
         if t < warmup:
             return peak * (t + 1) / warmup
@@ -630,10 +661,9 @@ class Trainer:
             return peak * math.sqrt(max(1, warmup) / (t + 1))
         return peak
 
-    def score(
-        self, pairs: Sequence[Pair], learn: bool, policy_model: Transformer | None = None
-    ) -> Tensor:
-        """(N, 12) float64 on every rank, COLUMNS in the pairs' order; `learn`: the gradient too.
+    def score(self, pairs: Sequence[Pair], learn: bool, alone: Transformer | None = None) -> Tensor:
+        """(N, 12) float64 on every rank, COLUMNS in the pairs' order; `learn`: the gradient too;
+        `alone`: a model to take in the policy's place, without a reference.
 
         Each rank takes every world-th pair in order of length, so that all have alike work. Where
         they do not come out even, a rank repeats a pair with weight 0: all must run as many passes.
@@ -654,11 +684,11 @@ class Trainer:
             if isinstance(self.policy, FSDPModule):
                 self.policy.set_requires_gradient_sync(first + c.micro_batch_size >= len(mine))
             reference = [torch.zeros_like(weights)] * 2
-            if self.compares:
+            if self.compares and alone is None:
                 with self.phase("reference"), torch.no_grad():
                     reference = [*lm.pair_logprobs(self.models["reference"], batch)]
             with self.phase("policy"), torch.set_grad_enabled(learn):
-                parts = lm.pair_token_logprobs(policy_model or self.policy, batch)
+                parts = lm.pair_token_logprobs(alone or self.policy, batch)
                 policy = lm.pair_sums(parts)
                 losses, *rewards = sapo.pair_loss(c.loss, policy, reference, *constants)
                 loss = (losses * weights).sum() / count
@@ -863,7 +893,7 @@ class Trainer:
             (folder / "optimizer").mkdir()
             save_file(self.source.state_dict(), folder / "source.safetensors")
             save_file(self.drift.state_dict(), folder / "drift.safetensors")
-            counts = {"skipped": self.skipped, "bad_steps": self.bad_steps}
+            counts = {"skipped": self.skipped, "bad_steps": self.bad_steps, "bounds": self.bounds}
             (folder / "trainer.json").write_text(json.dumps(counts) + "\n", encoding="utf-8")
         fetch = lambda name: self.ranks.whole(state[name]).cpu()  # noqa: E731
         lm.write_weights(folder / "optimizer", sizes, fetch, self.ranks.first)
@@ -910,6 +940,7 @@ class Trainer:
                     part.load_state_dict({k: file.get_tensor(k) for k in sorted(file.keys())})
             counts = lm.read_json(folder / "trainer.json")
             self.skipped, self.bad_steps = int(counts["skipped"]), int(counts["bad_steps"])
+            self.bend(counts["bounds"], step - before)
         if self.job.trace is not None:
             self.job.trace.forget_after(step)
         if self.ranks.first:
@@ -921,6 +952,15 @@ class Trainer:
                 f"resuming after step {step}" if found_one else "no checkpoint yet: starting afresh"
             )
         return step - before
+
+    def bend(self, old: list[int], done: int) -> None:
+        """Where --steps has changed, what is left of the old schedule is stretched over what is
+        left now: iterations and rounds that have begun stay where they are."""
+        left = max(1, old[-1] - done)
+        ratio = (self.steps - done) / left
+        bent = [at if at < done else done + round((at - done) * ratio) for at in old[:-1]]
+        if old[-1] != self.steps:
+            self.bounds[:] = [*bent, self.steps]  # in place: the source has it too
 
     def restore_optimizer(self, folder: Path) -> None:
         """Fills the optimizer's state, each rank its shards."""
@@ -935,14 +975,19 @@ class Trainer:
                     self.ranks.place(state[key], value)
 
 
+def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file and their objects; one that was not written whole is left out."""
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):  # a kill cut it off, perhaps within a character
+            if isinstance(row := json.loads(line), dict):
+                yield line, row
+
+
 def keep_rows(path: Path, key: str, most: int) -> None:
-    """Drops the rows of JSON lines that do not begin with a key of at most that value: those of
-    what a resumed run does again, and one that was not written whole."""
+    """Drops the rows of what a resumed run does again: those whose key is above a value."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        found = ((line, re.match(rf'{{"{key}": (-?\d+),.*}}\n', line)) for line in lines)
-        kept = [line for line, match in found if match and int(match[1]) <= most]
-        write_text(path, "".join(kept))
+        kept = [line + b"\n" for line, row in json_lines(path) if row.get(key, most + 1) <= most]
+        write_text(path, b"".join(kept).decode("utf-8"))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1013,11 +1058,10 @@ def obtain_targets(config: Config, trainer: Trainer, asks: Sequence[sgpo.Ask]) -
     ranks, path = trainer.ranks, trainer.job.metrics.with_name("improver_targets.jsonl")
     drafts = [ask for ask in asks for _ in range(config.responses_per_prompt)]
     known: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut off by a kill
-            row = json.loads(line)
-            if row["prompt"] == as_prompt(drafts[row["index"]].messages) and row.keys() >= WRITTEN:
-                known[row["index"]] = row
+    for _, row in json_lines(path):
+        i = row["index"] if row.keys() >= WRITTEN else -1
+        if 0 <= i < len(drafts) and row["prompt"] == as_prompt(drafts[i].messages):
+            known[i] = row
     missing = [i for i in range(len(drafts)) if i not in known]
     prompts = [drafts[i].prompt for i in missing]
     budgets = [min(config.max_new_tokens, config.max_length - len(p)) for p in prompts]
@@ -1025,61 +1069,76 @@ def obtain_targets(config: Config, trainer: Trainer, asks: Sequence[sgpo.Ask]) -
     answers = [
         trainer.text(new) for new in trainer.generate(trainer.policy, prompts, budgets, seeds)[0]
     ]
+    failure: Exception | None = None
     if ranks.first:
-
-        def write(rows: dict[int, dict[str, Any]]) -> None:
-            write_text(
-                path, "".join(json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows))
+        try:
+            gather_targets(
+                config, path, drafts, known, dict(zip(missing, answers, strict=True)), ranks
             )
+        except (InputError, OSError, Stopped) as error:
+            failure = error  # the others wait, and are told
+    failed = ranks.sum(torch.tensor(float(failure is not None), device=ranks.device))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise Stopped("rank 0 could not obtain the targets")
 
-        write(known)
-        with path.open("a", encoding="utf-8") as file:
-            for place, improved, why in improvements(config, [drafts[i] for i in missing], answers):
-                i = missing[place]
-                known[i] = {
-                    "index": i,
-                    "prompt": as_prompt(drafts[i].messages),
-                    "response": answers[place],
-                    "improved": improved,
-                }
-                known[i] |= {"dropped": why} if why else {}
-                file.write(json.dumps(known[i], ensure_ascii=False) + "\n")
-                file.flush()
-                if ranks.asked_to_stop:
-                    raise Stopped("stopped while targets were asked for; --resume goes on")
-        write(known)
-        dropped = collections.Counter(row.get("dropped") for row in known.values())
-        print(", ".join(f"{n} {why or 'targets'}" for why, n in dropped.items()), flush=True)
-    ranks.barrier()
+
+def gather_targets(
+    config: Config,
+    path: Path,
+    drafts: Sequence[sgpo.Ask],
+    known: dict[int, dict[str, Any]],
+    answers: dict[int, str],
+    ranks: Ranks,
+) -> None:
+    """The part of it that one rank does: asks, and writes."""
+
+    def write() -> None:
+        rows = (json.dumps(known[i], ensure_ascii=False) + "\n" for i in sorted(known))
+        write_text(path, "".join(rows))
+
+    write()
+    with path.open("a", encoding="utf-8") as file:
+        for i, improved, why in improvements(config, drafts, answers):
+            known[i] = {
+                "index": i, "prompt": as_prompt(drafts[i].messages), "response": answers[i],
+                "improved": improved,
+            } | ({"dropped": why} if why else {})  # fmt: skip
+            file.write(json.dumps(known[i], ensure_ascii=False) + "\n")
+            file.flush()
+            if ranks.asked_to_stop:
+                raise Stopped("stopped while targets were asked for; --resume goes on")
+    write()
+    dropped = collections.Counter(row.get("dropped") for row in known.values())
+    print(", ".join(f"{n} {why or 'targets'}" for why, n in dropped.items()), flush=True)
 
 
 WRITTEN = {"index", "prompt", "response", "improved"}  # what a row of targets has
 
 
 def improvements(
-    config: Config, asks: Sequence[sgpo.Ask], answers: Sequence[str]
+    config: Config, drafts: Sequence[sgpo.Ask], answers: dict[int, str]
 ) -> Iterator[tuple[int, str | None, str]]:
     """(which draft, its improvement, ""), as they come, or (which, None, why there is none)."""
-    if config.target_source == "tasks":
-        for i, (ask, answer) in enumerate(zip(asks, answers, strict=True)):
-            rng = random.Random(hash_seed(config.seed, "mend", i, answer))
-            yield i, data.mend_answer(ask.messages[-1]["content"], answer, rng), ""
+    if not is_url(config):
+        for i, answer in answers.items():
+            text, improved = drafts[i].messages[-1]["content"], drafts[i].response
+            if config.target_source == "tasks":
+                rng = random.Random(hash_seed(config.seed, "mend", i))
+                improved = data.mend_answer(text, answer, rng)
+            yield i, improved or None, "" if improved else "no gold"
         return
-    if config.target_source == "gold":
-        for i, ask in enumerate(asks):
-            yield i, ask.response or None, "" if ask.response else "no gold"
-        return
-    url, key = (config.target_source or "").rstrip("/"), os.environ.get("OPENAI_API_KEY")
-    c, model = config, config.target_model or ""
-    settings = (c.target_workers, c.target_timeout, c.target_max_tokens)
-    server = data.TargetServer(url, model, key, *settings)
+    server, places = target_server(config), list(answers)
     questions = [
-        sgpo.target_prompt(ask.messages, ask.response, answer, config.target_instruction)
-        for ask, answer in zip(asks, answers, strict=True)
+        sgpo.target_prompt(
+            drafts[i].messages, drafts[i].response, answer, config.target_instruction
+        )
+        for i, answer in answers.items()
     ]
     began = told = time.perf_counter()
-    for done, found in enumerate(server.ask_all(questions), 1):
-        yield found
+    for done, (place, found, why) in enumerate(server.ask_all(questions), 1):
+        yield places[place], found, why
         now = time.perf_counter()
         if now - told > 10 or done == len(questions):
             rate, told = done / (now - began), now
@@ -1123,6 +1182,8 @@ def main(argv: Sequence[str]) -> int:
 def run(config: Config, ranks: Ranks) -> None:
     """Reads the data, makes or takes the start, trains, and says what came of it."""
     out, on_tasks = Path(config.out), config.data is None
+    if config.improver is not None and config.preference_data:
+        on_tasks = False
     torch.set_float32_matmul_precision("medium" if config.precision == "medium" else "highest")
     if config.resume and (out / "final").exists():
         print(f"{out} holds a finished run: nothing to resume")
@@ -1132,16 +1193,8 @@ def run(config: Config, ranks: Ranks) -> None:
     if config.model:
         sample.check_vocabulary(tokenizer, outline(start), start)
     rows, eval_rows = read_rows(config, tokenizer, ranks)
-    asks: list[sgpo.Ask] = []
-    wanted: list[sgpo.Ask] = []  # for phase 2
-    if config.method == "sgpo":
-        asks = read_asks(config, tokenizer, config.data, 128)
-        wanted = asks if config.data else read_asks(config, tokenizer, None, 1024)
-        if config.preference_data:
-            wanted = read_asks(config, tokenizer, config.preference_data)
-        if not (config.improver or config.target_source in ("gold", "tasks") or is_url(config)):
-            data.load_targets(config.target_source or "")
-    trace = sample.Trace(config.trace, config) if config.trace else None
+    asks, wanted = read_asks(config, tokenizer, ranks) if config.method == "sgpo" else ([], [])
+    trace = sample.Trace(config.trace, config) if config.trace is not None else None
     claim(out, config, ranks)
     if config.model is None and not start.exists():
         pretrain(config, start, tokenizer, ranks)
@@ -1160,9 +1213,8 @@ def run(config: Config, ranks: Ranks) -> None:
         job.asks, job.on_tasks = wanted, on_tasks and config.preference_data is None
         if config.improver is None:
             job.before, job.start = train_improver(config, job, ranks, asks), out / "improver"
-        each = config.steps or math.ceil(config.epochs * len(wanted) / config.batch_size)
-        control.steps = job.before + config.rounds * each  # as many as both phases take
         control.lr = config.improver_lr
+    control.steps = job.before + schedule(config, len(wanted or rows))[-1]  # as all phases take
     with_control = on_tasks and config.method != "sft"
     if with_control and not (out / "control").exists():
         if ranks.first:
@@ -1207,31 +1259,62 @@ def read_rows(
     held_out: list[Pair] = []
     if config.eval_data:
         held_out = encode(data.load_examples(config.eval_data, paired or None))
+    if config.method == "sgpo" and config.data is not None:
+        return [], held_out  # `read_asks` reads them
     if config.data is None:
-        return encode(data.task_examples("clean", 128, config.seed)), held_out
+        return encode(task_rows(config, 128)), held_out
     return encode(data.load_examples(config.data, paired)), held_out
 
 
 def read_asks(
-    config: Config, tokenizer: data.Tokenizer, paths: list[str] | None, tasks: int = 0
-) -> list[sgpo.Ask]:
-    """SGPO's prompts, with gold responses where there are any; too long ones are dropped. No
-    paths: so many built-in tasks, the first of which are the clean set."""
-    examples = data.task_examples("clean", tasks, config.seed)
-    if paths is not None:
-        examples = data.load_asks(paths)
+    config: Config, tokenizer: data.Tokenizer, ranks: Ranks
+) -> tuple[list[sgpo.Ask], list[sgpo.Ask]]:
+    """SGPO's prompts for phase 1 and for phase 2, with gold responses where there are any. Raises
+    InputError for what could not be used later, when targets have been paid for."""
+
+    def encode(examples: Sequence[data.Example]) -> list[sgpo.Ask]:
+        asks = []
+        for example in examples:
+            if example.messages[-1]["role"] != "user":
+                raise InputError(f"{example.where}: the turn before the response is not the user's")
+            prompt, gold, _ = data.encode_example(tokenizer, example)
+            if len(prompt) < (config.max_prompt_length or 0):
+                gold = gold[: config.max_length - len(prompt)] if example.response else []
+                asks.append(sgpo.Ask(example.messages, example.response, prompt, gold))
+        kept = sgpo.leave_room(asks, tokenizer, config) if asks else []
+        if not kept:
+            raise InputError(
+                f"none of the {len(examples)} prompts is left: they have "
+                f"{config.max_prompt_length} tokens or more; raise --max-prompt-length"
+            )
+        if ranks.first:
+            print(f"{len(kept)} prompts, {len(examples) - len(kept)} dropped for their length")
+        return kept
+
     asks = []
-    for example in examples:
-        prompt, gold, _ = data.encode_example(tokenizer, example)
-        if len(prompt) < (config.max_prompt_length or 0):
-            gold = gold[: config.max_length - len(prompt)] if example.response else []
-            asks.append(sgpo.Ask(example.messages, example.response, prompt, gold))
-    if not asks:
-        raise InputError(
-            f"none of the {len(examples)} prompts is left: they have {config.max_prompt_length} "
-            "tokens or more; raise --max-prompt-length"
-        )
-    return asks
+    if config.improver is None:
+        clean = data.load_asks(config.data) if config.data else task_rows(config, 128)
+        asks = encode(clean)
+        if config.target_source == "gold" and not any(ask.gold for ask in asks):
+            raise InputError("--target-source gold, and no row of --data has a response")
+        if config.target_source not in ("gold", "tasks") and not is_url(config):
+            data.load_targets(config.target_source or "")
+    paths = config.preference_data or config.data
+    return asks, encode(data.load_asks(paths) if paths else task_rows(config, 1024))
+
+
+def task_rows(config: Config, count: int) -> list[data.Example]:
+    """Built-in tasks with right answers; the first 128 are the clean set."""
+    return data.task_examples("clean", count, config.seed)
+
+
+def target_server(config: Config) -> data.TargetServer:
+    """The server of --target-source. Raises InputError for a URL or a key that cannot be right."""
+    c, key = config, os.environ.get("OPENAI_API_KEY", "").strip() or None
+    settings = (c.target_workers, c.target_timeout, c.target_max_tokens)
+    return data.TargetServer(
+        (c.target_source or "").rstrip("/"), c.target_model or "", key, *settings
+    )
 
 
 def is_url(config: Config) -> bool:

@@ -204,15 +204,25 @@ def test_a_trace_of_a_killed_and_resumed_run_is_that_of_an_uninterrupted_one(
         np.testing.assert_array_equal(one[key], value, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["there.st", "nowhere/trace.st", "folder"])
+@pytest.mark.parametrize("name", ["there.st", "nowhere/trace.st", "folder", "", "/proc/trace.st"])
 def test_a_trace_that_cannot_be_written_is_an_error_before_anything_starts(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "there.st").write_text("something of the user's")
     (tmp_path / "folder").mkdir()
     usual = ["--model", str(GOLDEN / "start"), "--data", str(GOLDEN / "rows.jsonl")]
-    flags = ["--out", str(tmp_path / "run"), "--trace", str(tmp_path / name)]
+    flags = ["--out", str(tmp_path / "run"), "--trace", str(tmp_path / name) if name else ""]
     assert train.main([*usual, *flags, "--steps", "1"]) == 2
     assert re.fullmatch(r"error: --trace .*\n", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
     assert (tmp_path / "there.st").read_text() == "something of the user's"
+
+
+def test_a_resumed_run_takes_no_other_file_for_its_trace(tmp_path: Path, capsys: Any) -> None:
+    usual = ["--model", str(GOLDEN / "start"), "--data", str(GOLDEN / "rows.jsonl"), "--resume"]
+    other = tmp_path / "other.safetensors"
+    other.write_bytes((GOLDEN / "start" / "model.safetensors").read_bytes())
+    flags = ["--out", str(tmp_path / "run"), "--trace", str(other), "--steps", "1"]
+    assert train.main([*usual, *flags]) == 2
+    assert "no trace" in capsys.readouterr().err
+    assert other.read_bytes() == (GOLDEN / "start" / "model.safetensors").read_bytes()

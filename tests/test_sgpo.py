@@ -224,7 +224,7 @@ def source(tokenizer: data.Tokenizer, words: list[str], **flags: Any) -> tuple[S
     )
     model = Model(tokenizer)
     score = lambda rows: [float(len(row.prompt)) for row in rows]  # noqa: E731
-    return SGPO(asks, torch.nn.Linear(1, 1), model, settings, tokenizer, 3, score), model
+    return SGPO(asks, torch.nn.Linear(1, 1), model, settings, tokenizer, [0, 3, 6, 9], score), model
 
 
 def test_chosen_is_the_improvement_of_the_rejected_answer_behind_the_prompt_alone(
@@ -534,3 +534,127 @@ def test_what_a_killed_run_paid_for_is_kept(whole: Path, tmp_path: Path) -> None
     again = (out / "improver_targets.jsonl").read_text().splitlines(keepends=True)
     assert json.loads(again[2]) == marked
     assert again[:2] + again[3:] == lines[:2] + lines[3:]
+
+
+def test_targets_of_a_run_cut_while_they_were_written_are_those_of_a_whole_one(
+    tmp_path: Path,
+) -> None:
+    """The tasks' mender draws at random: by the draft, not by how many are left."""
+    usual = ["--method", "sgpo", "--model", GOLDEN / "start", "--steps", 1, "--batch-size", 32]
+    usual += ["--improver-epochs", 0.1, "--responses-per-prompt", 1]
+    run = lambda out, *more: train.main([str(x) for x in (*usual, "--out", out, *more)])  # noqa: E731
+    assert run(tmp_path / "whole") == 0
+    out = tmp_path / "cut"
+    out.mkdir()
+    shutil.copy(tmp_path / "whole" / "args.json", out)
+    file = "improver_targets.jsonl"
+    lines = (tmp_path / "whole" / file).read_bytes().splitlines(keepends=True)
+    (out / file).write_bytes(b"".join(lines[:50]) + lines[50][:9])
+    assert run(out, "--resume") == 0
+    assert (out / file).read_bytes() == b"".join(lines)
+
+
+def test_text_with_line_separators_and_cut_characters_survives_a_resume(tmp_path: Path) -> None:
+    rows = [{"prompt": f"sort b\u2028a{i} \u00e9", "response": "a\u2029b \u20ac"} for i in range(8)]
+    file, out = _write(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    more = ("--data", file, "--rounds", 2, "--improver-epochs", 0.1, "--save-every", 1)
+    assert train.main(flags(tmp_path / "whole", *more)) == 0
+    step = train.Trainer.step
+    with pytest.MonkeyPatch.context() as patch:
+        killed = lambda self, t: step(self, t) if t < 5 else (_ for _ in ()).throw(SystemExit)  # noqa: E731
+        patch.setattr(train.Trainer, "step", killed)
+        with pytest.raises(SystemExit):
+            train.main(flags(out, *more))
+    for name in ("pairs.jsonl", "improver_targets.jsonl"):
+        with (out / name).open("ab") as cut:  # as if killed within a character
+            cut.write('{"round": 1, "prompt": "\u20ac'.encode()[:-1])
+    assert train.main(flags(out, *more, "--resume")) == 0
+    assert (out / "pairs.jsonl").read_bytes() == (tmp_path / "whole" / "pairs.jsonl").read_bytes()
+    assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def test_an_improver_takes_prompts_alone_and_its_own_instruction(
+    whole: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """No rows with responses are needed, and nothing of the built-in tasks is done."""
+    prompts = _write(tmp_path / "prompts.jsonl", [{"prompt": f"sort cb{x}"} for x in "adefgh"])
+    usual = ["--method", "sgpo", "--improver", whole / "improver", "--max-length", 64]
+    usual += ["--max-new-tokens", 16, "--steps", 1, "--batch-size", 4, "--log-every", 1]
+    for key in ("--preference-data", "--data"):
+        out = tmp_path / key.strip("-")
+        assert train.main([str(x) for x in (*usual, "--out", out, key, prompts)]) == 0
+        args = json.loads((out / "args.json").read_text())
+        assert (args["improver_instruction"], args["recipe"], args["lr"]) == (SHORT, None, 5e-7)
+        assert not (out / "control").exists()
+        assert "held-out accuracy" not in capsys.readouterr().out
+        assert "improve/pairs" in metrics(out)[0]
+
+
+def test_fewer_rows_on_resume_are_no_traceback(whole: Path, tmp_path: Path) -> None:
+    out, fewer = tmp_path / "run", tmp_path / "rows.jsonl"
+    rows = (GOLDEN / "rows.jsonl").read_text().splitlines(keepends=True)
+    fewer.write_text("".join(rows[:10]))
+    out.mkdir()
+    args = json.loads((whole / "args.json").read_text()) | {"data": [str(fewer)]}
+    (out / "args.json").write_text(json.dumps(args))
+    shutil.copy(whole / "improver_targets.jsonl", out)
+    assert train.main(flags(out, "--resume", "--data", fewer)) == 0
+    assert len((out / "improver_targets.jsonl").read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"messages": [user("a"), {"role": "system", "content": "b"},
+                       {"role": "assistant", "content": "c"}]}, "rows.jsonl:2"),
+        ({"messages": [user("a"), {"role": "assistant", "content": "b"},
+                       {"role": "assistant", "content": "c"}]}, "rows.jsonl:2"),
+        ({"prompt": "half \ud83d", "response": "x"}, "rows.jsonl:2"),
+        ({"prompt": "x", "response": "half \ud83d"}, "rows.jsonl:2"),
+    ],
+)  # fmt: skip
+def test_rows_that_could_not_be_used_later_are_named_at_once(
+    row: Any, named: str, tmp_path: Path, capsys: Any
+) -> None:
+    rows = _write(tmp_path / "rows.jsonl", [{"prompt": "sort ba", "response": "ab"}, row])
+    assert train.main(flags(tmp_path / "run", "--data", rows)) == 2
+    shown = capsys.readouterr().err
+    assert named in shown
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_instruction_too_long_for_the_length_is_told_before_any_question(
+    tmp_path: Path, capsys: Any
+) -> None:
+    more = ("--improver-instruction", "{prompt} {answer} " + "x" * 60)
+    assert train.main(flags(tmp_path / "run", *more)) == 2
+    assert "--improver-instruction" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_an_improver_or_a_file_leaves_idle_are_warned_of(whole: Path, capsys) -> None:
+    train.parse_args(flags(Path("x"), "--improver", whole / "improver", "--fence-k", 2))
+    shown = capsys.readouterr().out
+    assert "--fence-k" in shown
+    assert "--model" in shown
+    train.parse_args(["--method", "sgpo", "--target-source", "gold", "--target-workers", "2"])
+    assert "--target-workers" in capsys.readouterr().out
+
+
+def test_more_steps_on_resume_stretch_the_rounds_that_have_not_begun(tmp_path: Path) -> None:
+    """Two rounds of three, killed in the second; with --steps 5 that round takes four more."""
+    out, step = tmp_path / "run", train.Trainer.step
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(self: Any, t: int) -> Any:
+            if self.job.phase != "improver" and t == 5:
+                raise SystemExit
+            return step(self, t)
+
+        patch.setattr(train.Trainer, "step", killed)
+        with pytest.raises(SystemExit):
+            train.main(flags(out, "--save-every", 1))
+    assert train.main(flags(out, "--save-every", 1, "--resume", "--steps", 5)) == 0
+    rounds = [row["sgpo/round"] for row in metrics(out) if row["phase"] == "sgpo"]
+    assert rounds == [0] * 3 + [1] * 7

@@ -52,8 +52,8 @@ def test_iterations_pass_equally_often_over_their_pairs() -> None:
     assert spin_starts(70, 4) == [0, 10, 30, 50]  # pools of 1, 2, 2 and 2 pairs a row
     assert spin_starts(9, 1) == [0]
     assert spin_starts(6, 2) == [0, 2]
-    assert spin_starts(2, 4)[0] == 0
-    assert max(spin_starts(2, 4)) < 2
+    assert spin_starts(2, 4) == [0, 1]  # too few steps: fewer iterations
+    assert spin_starts(4, 4) == [0, 1, 2, 3]
 
 
 def test_the_opponent_is_frozen_for_an_iteration_and_each_row_answered_once_in_it() -> None:
@@ -203,3 +203,28 @@ def test_orpo_needs_no_reference_but_the_opponent_all_the_same(tmp_path: Path) -
     assert train.main(flags(tmp_path / "run", "--loss", "orpo", "--steps", 3)) == 0
     rows = metrics(tmp_path / "run")
     assert all("tokens/reference" not in row and row["tokens/generate"] > 0 for row in rows[:2])
+
+
+def test_the_iterations_rates_are_not_the_controls_nor_another_methods(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.safetensors"
+    usual = [x for x in flags(tmp_path / "run") if x != "spin"]
+    usual[usual.index("--method") + 1 : usual.index("--method") + 1] = ["dpo"]
+    more = ["--iteration-lr", "1e-9", "--iteration-beta", "7", "--trace", str(trace)]
+    assert train.main([*usual, *more]) == 0
+    assert load_file(trace)["step/lr"][0] == 2e-4
+    assert load_file(trace)["step/beta"][0] == 0.1
+
+
+def test_more_steps_on_resume_leave_begun_iterations_where_they_were(tmp_path: Path) -> None:
+    """Iterations of two and five steps, killed in the second at six; --steps 12 prolongs it."""
+    out, step = tmp_path / "run", train.Trainer.step
+    with pytest.MonkeyPatch.context() as patch:
+        killed = lambda self, t: step(self, t) if t < 6 else (_ for _ in ()).throw(SystemExit)  # noqa: E731
+        patch.setattr(train.Trainer, "step", killed)
+        with pytest.raises(SystemExit):
+            train.main(flags(out, "--iterations", 3))
+    assert train.main(flags(out, "--iterations", 3, "--resume", "--steps", 12)) == 0
+    rows = metrics(out)
+    assert [row["spin/iteration"] for row in rows] == [0] + [1] * 3 + [2] * 8
+    assert rows[4]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert all(abs(row["loss"] - 0.6931472) > 1e-6 for row in rows[5:])

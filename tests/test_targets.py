@@ -1,7 +1,11 @@
 """The client for targets, against a local server that answers wrongly in every way we know."""
 
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -137,6 +141,7 @@ FAILURES: dict[str, Callable[[Any], None]] = {
     "not UTF-8": lambda handler: handler.reply(b"\xff\xfe{"),
     "not a completion": lambda handler: handler.reply({"choices": []}),
     "a list": lambda handler: handler.reply([1, 2]),
+    "too deep": lambda handler: handler.reply(b"[" * 200_000),
     "no message": lambda handler: handler.reply({"choices": [{"message": None}]}),
 }
 
@@ -168,6 +173,7 @@ def test_retry_after_is_honoured_in_seconds_and_as_a_date(serve: Any) -> None:
     assert 25 < (retry_after(soon) or 0) <= 30
     assert retry_after("7") == 7
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert retry_after("99999999999") == 86400
     assert retry_after("") is retry_after("soon") is None
 
 
@@ -208,11 +214,13 @@ def test_empty_refused_and_cut_answers_are_told_apart(serve: Any) -> None:
         "empty": completion("  "), "none": completion(None),
         "refused": completion(None, refusal="I will not"),
         "filtered": completion("x", "content_filter"), "cut": completion("half", "length"),
+        "surrogate": completion("a\ud83d"),
     }  # fmt: skip
     server = serve(lambda handler, question, times: handler.reply(replies[question]))
     found = ask(server, list(replies))
-    assert [found[i] for i in range(5)] == ["empty", "empty", "refused", "refused", "cut"]
-    assert len(server.asked) == 5
+    kinds = ["empty", "empty", "refused", "refused", "cut", "not text"]
+    assert [found[i] for i in range(6)] == kinds
+    assert len(server.asked) == 6
 
 
 def test_questions_are_asked_several_at_a_time_and_answers_come_out_of_order(serve: Any) -> None:
@@ -284,3 +292,51 @@ def test_a_run_asks_each_question_once_stopped_or_not_and_writes_no_key(
     for path in out.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
     assert KEY not in shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http:///v1", "http://a b/v1", "http://h\u00f6st/v1", "http://[::1/v1",
+     "http://host:port/v1", "http://host:99999/v1"],
+)  # fmt: skip
+def test_an_address_that_cannot_be_right_is_told_before_anything_starts(
+    url: str, tmp_path: Path, capsys: Any
+) -> None:
+    more = ["--method", "sgpo", "--model", str(GOLDEN / "start"), "--out", str(tmp_path / "run")]
+    more += ["--data", str(GOLDEN / "rows.jsonl"), "--target-model", "x", "--target-source", url]
+    began = time.monotonic()
+    assert train.main(more) == 2
+    assert time.monotonic() - began < 5
+    assert re.fullmatch("error: .*address.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_keys_line_end_is_left_out_and_a_key_that_no_header_holds_refused(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    server = serve(lambda handler, question, times: handler.reply(completion("a-b > ab")))
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\n")
+    assert train.main(flags(tmp_path / "run", server)) == 0
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\u20ac")
+    assert train.main(flags(tmp_path / "other", server)) == 2
+    assert "OPENAI_API_KEY" in capsys.readouterr().err
+
+
+def test_a_server_that_says_no_ends_all_ranks_without_a_traceback(
+    serve: Any, tmp_path: Path
+) -> None:
+    server = serve(lambda handler, question, times: handler.reply({}, 404))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "train.py"), *flags(tmp_path / "run", server)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode
+    assert "error: " in done.stderr
+    assert "--target-model" in done.stderr
+    assert 'train.py", line' not in done.stderr  # torchrun has a traceback of its own

@@ -358,7 +358,7 @@ def test_every_switch_runs(flags: list[str], start: Path, rows: Path, tmp_path: 
 def test_schedules_by_hand(schedule: str, expected: list[float]) -> None:
     trainer = train.Trainer.__new__(train.Trainer)
     trainer.config = train.Config(schedule=schedule, warmup=2.0, lr=3.0)  # type: ignore[arg-type]
-    trainer.steps, trainer.starts = 6, [0]
+    trainer.steps, trainer.bounds = 6, [0, 6]
     assert [trainer.lr_at(t) / 3 for t in range(6)] == pytest.approx(expected)
 
 
@@ -437,7 +437,7 @@ def test_spins_own_sampling_is_its_default_and_can_be_changed() -> None:
 
 def test_a_flag_that_the_method_does_not_read_is_warned_of(capsys) -> None:
     train.parse_args(["--data", "x", "--method", "dpo", "--segment-length", "8", "--beta", "1"])
-    assert capsys.readouterr().err == "warning: --method dpo does not read --segment-length\n"
+    assert capsys.readouterr().out == "warning: --segment-length is not read here\n"
 
 
 def test_help_names_every_flag_and_recipe(capsys) -> None:
