@@ -306,6 +306,7 @@ class Transformer(nn.Module):
         x_BTD = F.embedding(tokens, self.model["embed_tokens"].weight)
         x_BTD = x_BTD.to(self.compute_dtype or x_BTD.dtype)
         rotation = rotations(self.config, layout.positions, x_BTD.dtype)
+        layout.prepare(self.config.windows, x_BTD.dtype)
         for block in self.model["layers"]:
             if self.checkpointing and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, rotation, layout, use_reentrant=False)
@@ -430,10 +431,15 @@ class Layout:
     """Plain rows: every token sees itself and what is before it. The base of the other two."""
 
     plain = True  # SDPA's own causal mask says it all, but for a window
+    biases: dict[int | None, Tensor | None]
 
     def __init__(self, tokens: Tensor) -> None:
         self.positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (B or 1, T)
-        self.biases: dict[int | None, Tensor | None] = {}
+
+    def prepare(self, windows: Sequence[int | None], dtype: torch.dtype) -> None:
+        """Builds what is added to the attention scores, once per forward pass: not per layer, and
+        not within a block, whose recomputation or compilation would find it there already."""
+        self.biases = {window: self.bias(window, dtype) for window in set(windows)}
 
     def visible(self) -> Tensor:
         """Who (queries, dim 1) sees whom (keys, dim 2) without a window: (B or 1, T, T) bool."""
@@ -441,19 +447,16 @@ class Layout:
         return (places[:, None] >= places)[None]
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the attention scores, built once per forward pass, not per layer."""
-        if window not in self.biases:
-            at, bias = self.positions, None
-            reaches = window is None or at.shape[1] <= window
-            if not (self.plain and reaches):
-                near = True if window is None else at[:, :, None] - at[:, None, :] < window
-                bias = additive(self.visible() & near, dtype)[:, None]
-            self.biases[window] = bias
-        return self.biases[window]
+        """(B or 1, 1, T, T): 0 where a query sees a key, -inf elsewhere; None for plain rows."""
+        at = self.positions
+        if self.plain and (window is None or at.shape[1] <= window):
+            return None
+        near = True if window is None else at[:, :, None] - at[:, None, :] < window
+        return additive(self.visible() & near, dtype)[:, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
         """Queries (B, H, T, E), keys and values (B, K, T, E) -> (B, H, T, E)."""
-        bias = self.bias(window, q.dtype)
+        bias = self.biases[window]
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped
@@ -487,12 +490,12 @@ class Cache(Layout):
         shape = (config.num_layers, len(lengths), config.num_kv_heads, size, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=model.device)
         self.values = torch.zeros(shape, dtype=dtype, device=model.device)
-        self.lengths, self.decoding, self.biases = lengths, False, {}
+        self.lengths, self.decoding = lengths, False
         self.positions = torch.arange(max(lengths), device=model.device)[None]
 
     def step(self) -> "Cache":
         """Makes ready for one more token in each row, (B, 1)."""
-        self.decoding, self.biases = True, {}
+        self.decoding = True
         self.lengths = [length + 1 for length in self.lengths]
         self.positions = torch.tensor(self.lengths, device=self.keys.device)[:, None] - 1
         self.rows = torch.arange(len(self.lengths), device=self.keys.device)
@@ -506,6 +509,14 @@ class Cache(Layout):
         self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
 
+    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """As Layout's; when decoding (B, 1, 1, S), for the one query of each row."""
+        if not self.decoding:
+            return super().bias(window, dtype)
+        places = torch.arange(max(self.lengths), device=self.positions.device)[None]
+        near = True if window is None else places > self.positions - window
+        return additive((places <= self.positions) & near, dtype)[:, None, None]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
         """As Layout's; stores k and v, and when decoding attends to all that is stored."""
         keys_BKSE, values_BKSE = self.keys[layer], self.values[layer]
@@ -514,11 +525,6 @@ class Cache(Layout):
             return super().attend(q, k, v, layer, window)
         last, width = self.positions[:, 0], max(self.lengths)
         keys_BKSE[self.rows, :, last], values_BKSE[self.rows, :, last] = k[:, :, 0], v[:, :, 0]
-        if window not in self.biases:
-            places = torch.arange(width, device=q.device)[None]
-            near = True if window is None else places > self.positions - window
-            bias = additive((places <= self.positions) & near, q.dtype)
-            self.biases[window] = bias[:, None, None]  # (B, 1, 1, S)
         # One query a row: two small products by hand cost less than SDPA's set-up. The query
         # heads of a group (G) become the rows of one product with the key head they share.
         q_BKGE = q.unflatten(1, (k.shape[1], -1))[:, :, :, 0] * q.shape[-1] ** -0.5
@@ -567,7 +573,6 @@ class Branches(Layout):
         flat = [i * width + place for i, row in enumerate(places) for place in row]
         self.places = torch.tensor(flat, dtype=torch.int64, device=device)  # (M,)
         self.targets = torch.tensor(targets, dtype=torch.int64, device=device)  # (M,)
-        self.biases = {}
 
     def visible(self) -> Tensor:
         """(B, T, T) bool: of what is before it, a token sees the prefix and its own tail."""

@@ -133,6 +133,8 @@ of phase 2, in each round"
     "of the computation; weights, gradients, optimizer, EMA are fp32. medium: faster fp32 matmuls"
     activation_checkpointing: bool = False
     "recompute each block in the backward pass, to save memory"
+    compile: bool = False
+    "compile each block with torch.compile; the first steps then take a minute or more"
     save_dtype: Literal["fp32", "bf16"] = "fp32"  # [ours]: an update of 5e-7 is lost in bf16
     "type of the weights in OUT/final"
     save_every: int = 0
@@ -368,6 +370,9 @@ class Ranks:
         model = outline(folder)
         model.compute_dtype = torch.bfloat16 if config.precision == "bf16" else None
         model.checkpointing = config.activation_checkpointing
+        if config.compile:
+            for block in model.model["layers"].children():
+                block.compile(dynamic=True)  # shapes differ from batch to batch
         if self.world > 1:
             policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32)
             for block in model.model["layers"].children():
@@ -410,7 +415,13 @@ class Ranks:
     @contextlib.contextmanager
     def decoder(self, model: Transformer) -> Iterator[Transformer]:
         """The model with all weights at hand in its compute type: ranks stop at different times,
-        so that decoding must not wait for others."""
+        so that decoding must not wait for others. Nothing is compiled for decoding's shapes."""
+        with torch.compiler.set_stance("force_eager"), self.gathered(model) as ready:
+            yield ready
+
+    @contextlib.contextmanager
+    def gathered(self, model: Transformer) -> Iterator[Transformer]:
+        """The model, or a copy, that computes without other ranks."""
         if isinstance(model, FSDPModule):
             shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
             model.set_reshard_after_forward(False)

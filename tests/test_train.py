@@ -346,6 +346,18 @@ def test_every_switch_runs(flags: list[str], start: Path, rows: Path, tmp_path: 
     torch.set_float32_matmul_precision("highest")
 
 
+def test_compiled_bf16_with_checkpointing_starts_with_ln_2_too(
+    start: Path, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--compile", "--precision", "bf16", "--activation-checkpointing", "--steps", 2]
+    assert run("--model", start, "--data", rows, "--out", out, *SMALL, *flags) == 0
+    losses = [row["loss"] for row in metrics(out)]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert math.isfinite(losses[1])
+    assert losses[1] != losses[0]
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
