@@ -539,6 +539,60 @@ def test_bad_flags_give_one_line_and_leave_nothing(
     assert not out.exists()
 
 
+ASKED = '{"role": "user", "content": "sort ba"}'
+BAD_DATA: dict[str, bytes] = {
+    "empty": b"",
+    "white space": b" \n\n\t",
+    "not UTF-8": b'{"prompt": "\xff", "response": "x"}',
+    "UTF-16": '{"prompt": "a", "response": "b"}'.encode("utf-16"),
+    "a number": b"3",
+    "a string": b'"prompt"',
+    "a list of numbers": b"[1, 2]",
+    "a list in a list": b'[[{"prompt": "a", "response": "b"}]]',
+    "an empty list": b"[]",
+    "an open list": b'[{"prompt": "a", "response": "b"}',
+    "cut off": b'{"prompt": "a", "respon',
+    "two rows a line": b'{"prompt": "a", "response": "b"} {"prompt": "a", "response": "b"}',
+    "no response": b'{"prompt": "a"}',
+    "no prompt": b'{"response": "b"}',
+    "response is null": b'{"prompt": "a", "response": null}',
+    "response is a number": b'{"prompt": "a", "response": 3}',
+    "response is empty": b'{"prompt": "a", "response": " "}',
+    "prompt is an object": b'{"prompt": {}, "response": "b"}',
+    "no turns": b'{"messages": []}',
+    "a turn is text": b'{"messages": ["a", "b"]}',
+    "no answer": f'{{"messages": [{ASKED}]}}'.encode(),
+    "unknown role": f'{{"messages": [{ASKED}, {{"role": "tool", "content": "x"}}]}}'.encode(),
+    "no content": f'{{"messages": [{ASKED}, {{"role": "assistant"}}]}}'.encode(),
+    "half a character": b'{"prompt": "a\\ud83d", "response": "b"}',
+    "deeply nested": b"[" * 100_000,
+    "a huge number": b'{"prompt": "a", "response": ' + b"9" * 5000 + b"}",
+    "all too long": json.dumps({"prompt": "x" * 60, "response": "b"}).encode(),
+    "a good row, then a bad one": b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n',
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_bad_data_gives_one_line_and_leaves_nothing(
+    flag: str, name: str, start: Path, rows: Path, tmp_path: Path, capsys
+) -> None:
+    file, out = tmp_path / "bad.jsonl", tmp_path / "run"
+    file.write_bytes(BAD_DATA[name])
+    usual = {"--model": start, "--data": rows, "--out": out, "--max-length": 64} | {flag: file}
+    assert run(*(x for pair in usual.items() for x in pair), "--steps", 1) == 2
+    shown = error_line(capsys)
+    assert "bad.jsonl" in shown or name == "all too long"
+    assert not out.exists()
+
+
+def test_a_good_row_beside_them_runs(start: Path, tmp_path: Path) -> None:
+    file = tmp_path / "good.jsonl"
+    file.write_text('{"prompt": "sort ba", "response": "b-a > ab"}\n')
+    flags = ["--data", file, "--eval-data", file, "--out", tmp_path / "run", "--max-length", 64]
+    assert run("--model", start, *flags, "--steps", 1) == 0
+
+
 def spoil(name: str, folder: Path) -> None:
     """Makes a checkpoint folder wrong in one way."""
     config, weights = folder / "config.json", folder / "model.safetensors"
@@ -565,6 +619,26 @@ def spoil(name: str, folder: Path) -> None:
         weights.unlink()
     if name == "no tokenizer":
         (folder / "tokenizer.json").unlink()
+    template = {
+        "template syntax": "{% for %}",
+        "template escapes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "template loops": "{% for i in range(999999999) %}x{% endfor %}",
+        "template raises": "{{ raise_exception('no') }}",
+        "template forgets": "{% if add_generation_prompt %}>{% else %}<{% endif %}",
+        "template is empty": "{{ '' }}",
+    }.get(name)
+    if template is not None:
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    if name == "long header":
+        weights.write_bytes((2**40).to_bytes(8, "little") + weights.read_bytes()[8:])
+    if name == "a link to nowhere":
+        weights.unlink()
+        weights.symlink_to(folder / "nowhere")
+    if name == "index leads out":
+        weights.rename(folder / "other.safetensors")
+        index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     if name == "no template":
         text = (folder / "tokenizer_config.json").read_text()
         kept = {k: v for k, v in json.loads(text).items() if k != "chat_template"}
@@ -572,7 +646,9 @@ def spoil(name: str, folder: Path) -> None:
 
 
 KINDS = "no config,config is no JSON,family,vocabulary,huge,truncated,garbage,no weights,"
-KINDS += "no tokenizer,no template,not finite"
+KINDS += "no tokenizer,no template,not finite,template syntax,template escapes,template loops,"
+KINDS += "template raises,template forgets,template is empty,long header,a link to nowhere,"
+KINDS += "index leads out"
 
 
 @pytest.mark.parametrize("name", KINDS.split(","))
@@ -590,7 +666,7 @@ def test_a_bad_checkpoint_gives_one_line_and_leaves_nothing(
     spoil(name, folder)
     assert run("--model", folder, "--data", rows, "--out", out, *SMALL) == 2
     shown = error_line(capsys)
-    assert str(folder) in shown or name == "no template"
+    assert str(folder) in shown or "template" in name
     assert not (out / "metrics.jsonl").exists()
     assert name == "not finite" or not out.exists()
 
