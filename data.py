@@ -224,8 +224,7 @@ def load_targets(path: str | Path) -> list[Target]:
         texts = [row.get(key) for key in ("response", "improved")]
         if not all(isinstance(text, str) for text in texts) or not texts[1].strip():
             raise InputError(f"{where}: 'response' and 'improved' should be text")
-        check_text("".join(texts), where)
-        targets.append(Target(messages, *texts))
+        targets.append(Target(messages, *map(whole_text, texts)))
     if not targets:
         raise InputError(f"no targets in {path}: give at least one")
     return targets
@@ -338,18 +337,14 @@ def _turn(turn: Any, where: str) -> dict[str, str]:
         raise InputError(f"{where}: role {_short(role)} is not one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise InputError(f"{where}: 'content' should be text, not {_short(content)}")
-    check_text(content, where)
     if role != "system" and not content.strip():
         raise InputError(f"{where}: the {role}'s text is empty; fill it, or leave out the row")
-    return {"role": role, "content": content}
+    return {"role": role, "content": whole_text(content)}
 
 
-def check_text(text: str, where: str) -> None:
-    """Raises InputError for half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: {text[error.start]!r} is no character; mend the text") from None
+def whole_text(text: str) -> str:
+    """Half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _short(value: Any, size: int = 60) -> str:
@@ -505,17 +500,15 @@ class TargetServer:
         try:
             choice = reply["choices"][0]
             message, reason = choice["message"], choice.get("finish_reason")
-            text = message.get("content") or ""
+            text = whole_text(message.get("content") or "")
             if message.get("refusal") or reason == "content_filter":
                 return None, "refused"
             if reason == "length":
                 return None, "cut"
-            text.encode()
+            text = whole_text(text)
             return (text.strip(), "") if text.strip() else (None, "empty")
         except (LookupError, TypeError, AttributeError):
             raise Again("the reply is no chat completion") from None
-        except UnicodeEncodeError:
-            return None, "not text"
 
 
 def retry_after(value: str) -> float | None:
@@ -599,7 +592,7 @@ class Tokenizer:
         Lone surrogates, which no UTF-8 has, become U+FFFD.
         """
         if not text.isascii():
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            text = whole_text(text)
         ids: list[int] = []
         spaced = not continuing
         for part in self._split(text):

@@ -555,7 +555,10 @@ def test_targets_of_a_run_cut_while_they_were_written_are_those_of_a_whole_one(
 
 
 def test_text_with_line_separators_and_cut_characters_survives_a_resume(tmp_path: Path) -> None:
-    rows = [{"prompt": f"sort b\u2028a{i} \u00e9", "response": "a\u2029b \u20ac"} for i in range(8)]
+    rows = [
+        {"prompt": f"sort b\u2028a{i} \u00e9 \ud83d", "response": "a\u2029b \u20ac"}
+        for i in range(8)
+    ]
     file, out = _write(tmp_path / "rows.jsonl", rows), tmp_path / "run"
     more = ("--data", file, "--rounds", 2, "--improver-epochs", 0.1, "--save-every", 1)
     assert train.main(flags(tmp_path / "whole", *more)) == 0
@@ -609,8 +612,6 @@ def test_fewer_rows_on_resume_are_no_traceback(whole: Path, tmp_path: Path) -> N
                        {"role": "assistant", "content": "c"}]}, "rows.jsonl:2"),
         ({"messages": [user("a"), {"role": "assistant", "content": "b"},
                        {"role": "assistant", "content": "c"}]}, "rows.jsonl:2"),
-        ({"prompt": "half \ud83d", "response": "x"}, "rows.jsonl:2"),
-        ({"prompt": "x", "response": "half \ud83d"}, "rows.jsonl:2"),
     ],
 )  # fmt: skip
 def test_rows_that_could_not_be_used_later_are_named_at_once(
