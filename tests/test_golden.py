@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import GOLDEN, ROOT, cut
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -18,8 +19,6 @@ import train
 from data import Pair
 from sapo import spin_starts
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
 MAKE = runpy.run_path(str(GOLDEN / "make.py"))
 NAMES = list(MAKE["RUNS"])
 
@@ -190,12 +189,7 @@ def test_a_trace_of_a_killed_and_resumed_run_is_that_of_an_uninterrupted_one(
         return [*usual, "--segment-length", "6", "--out", str(out), "--trace", str(trace)]
 
     assert train.main(flags("whole")) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        step = train.Trainer.step
-        killed = lambda self, t: step(self, t) if t < 5 else (_ for _ in ()).throw(SystemExit)  # noqa: E731
-        patch.setattr(train.Trainer, "step", killed)
-        with pytest.raises(SystemExit):
-            train.main(flags("cut"))
+    cut(flags("cut"), lambda _, t: t == 5)
     assert load_file(tmp_path / "cut.st")["step/step"].tolist() == [1, 2, 3, 4, 5]
     assert train.main([*flags("cut"), "--resume"]) == 0
     one, other = load_file(tmp_path / "cut.st"), load_file(tmp_path / "whole.st")

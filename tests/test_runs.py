@@ -1,7 +1,6 @@
 """Runs that cannot be lost: killed, told to stop, out of disk, on other ranks; what they leave."""
 
 import itertools
-import json
 import math
 import os
 import pickle
@@ -19,12 +18,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import GOLDEN, ROOT, alike, metrics, same, torchrun
 from safetensors.torch import load_file
 
 import train
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
 COMMON = split("--steps 5 --batch-size 6 --max-length 64 --lr 2e-4 --log-every 1 --save-every 2")
 COMMON += ["--model", str(GOLDEN / "start"), "--data", str(GOLDEN / "rows.jsonl")]
 PLAIN = " --temperature 1 --top-k 0 --top-p 1"
@@ -43,19 +41,6 @@ METHODS["dpo"][-1] = str(GOLDEN / "rows.jsonl")
 
 def flags(name: str, out: Path, *more: object) -> list[str]:
     return [*COMMON, *METHODS[name], "--out", str(out), *map(str, more)]
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timings = ("seconds", "tokens_per")
-    return [{k: v for k, v in row.items() if not k.startswith(timings)} for row in rows]
-
-
-def same(one: Path, other: Path) -> None:
-    """The same rows and the same weights, to the bit."""
-    assert metrics(one) == metrics(other)
-    a, b = (load_file(out / "final" / "model.safetensors") for out in (one, other))
-    assert all(torch.equal(a[key], b[key]) for key in b)
 
 
 @pytest.fixture(scope="module")
@@ -178,24 +163,12 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 ) -> None:
     out = tmp_path / "run"
     for world, more in ((first, []), (then, ["--resume"])):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launch += [f"--nproc_per_node={world}", str(ROOT / "train.py")]
-        done = subprocess.run(
-            [*launch, *flags("sapo", out, *more)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        done = torchrun(world, flags("sapo", out, *more))
         assert done.returncode == 0, done.stderr[-3000:]
         if not more:  # as if it had been cut behind the second step
             shutil.rmtree(out / "final")
             shutil.rmtree(out / "checkpoints" / "step-4")
-    for mine, theirs in zip(metrics(out), metrics(whole("sapo")), strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-    a, b = (load_file(f / "final" / "model.safetensors") for f in (out, whole("sapo")))
-    assert all(torch.allclose(a[key], b[key], atol=2e-4) for key in b)
+    alike(out, whole("sapo"))
 
 
 def test_old_checkpoints_are_pruned(tmp_path: Path) -> None:

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import GOLDEN, alike, cut, metrics, same, torchrun
 from safetensors.torch import load_file
 
 import data
@@ -35,8 +33,6 @@ from sgpo import (
     target_prompt,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
 SHORT = data.REWRITE_PROMPT.replace("{draft}", "{answer}")
 
 
@@ -322,12 +318,6 @@ def flags(out: Path, *more: object) -> list[str]:
     return [str(flag) for flag in (*usual, *more)]
 
 
-def metrics(out: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timings = ("seconds", "tokens_per")
-    return [{k: v for k, v in row.items() if not k.startswith(timings)} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with gold targets: eight steps or so, then two rounds of three."""
@@ -398,29 +388,16 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
         with pytest.raises(SystemExit):
             train.main(flags(out))
     assert train.main(flags(out, "--resume")) == 0
-    assert metrics(out) == metrics(whole)
+    same(out, whole, ("improver", "final"))
     for name in ("pairs.jsonl", "improver_targets.jsonl", "improver_filter.json"):
         assert (out / name).read_text() == (whole / name).read_text()
-    for name in ("improver", "final"):
-        one, other = (load_file(f / name / "model.safetensors") for f in (out, whole))
-        assert all(torch.equal(one[key], other[key]) for key in other)
 
 
 def test_two_ranks_give_the_run_of_one(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "train.py"), *flags(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = torchrun(2, flags(out))
     assert done.returncode == 0, done.stderr[:6000]
-    for mine, theirs in zip(metrics(out), metrics(whole), strict=True):
-        assert mine.pop("phase") == theirs.pop("phase")
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    alike(out, whole, ("improver", "final"))
     for name in ("pairs.jsonl", "improver_targets.jsonl"):
         assert (out / name).read_text() == (whole / name).read_text()
 
@@ -562,15 +539,10 @@ def test_text_with_line_separators_and_cut_characters_survives_a_resume(tmp_path
     file, out = _write(tmp_path / "rows.jsonl", rows), tmp_path / "run"
     more = ("--data", file, "--rounds", 2, "--improver-epochs", 0.1, "--save-every", 1)
     assert train.main(flags(tmp_path / "whole", *more)) == 0
-    step = train.Trainer.step
-    with pytest.MonkeyPatch.context() as patch:
-        killed = lambda self, t: step(self, t) if t < 5 else (_ for _ in ()).throw(SystemExit)  # noqa: E731
-        patch.setattr(train.Trainer, "step", killed)
-        with pytest.raises(SystemExit):
-            train.main(flags(out, *more))
+    cut(flags(out, *more), lambda trainer, t: t == 5)
     for name in ("pairs.jsonl", "improver_targets.jsonl"):
-        with (out / name).open("ab") as cut:  # as if killed within a character
-            cut.write('{"round": 1, "prompt": "\u20ac'.encode()[:-1])
+        with (out / name).open("ab") as opened:  # as if killed within a character
+            opened.write('{"round": 1, "prompt": "\u20ac'.encode()[:-1])
     assert train.main(flags(out, *more, "--resume")) == 0
     assert (out / "pairs.jsonl").read_bytes() == (tmp_path / "whole" / "pairs.jsonl").read_bytes()
     assert metrics(out) == metrics(tmp_path / "whole")
@@ -645,17 +617,8 @@ def test_flags_that_an_improver_or_a_file_leaves_idle_are_warned_of(whole: Path,
 
 def test_more_steps_on_resume_stretch_the_rounds_that_have_not_begun(tmp_path: Path) -> None:
     """Two rounds of three, killed in the second; with --steps 5 that round takes four more."""
-    out, step = tmp_path / "run", train.Trainer.step
-    with pytest.MonkeyPatch.context() as patch:
-
-        def killed(self: Any, t: int) -> Any:
-            if self.job.phase != "improver" and t == 5:
-                raise SystemExit
-            return step(self, t)
-
-        patch.setattr(train.Trainer, "step", killed)
-        with pytest.raises(SystemExit):
-            train.main(flags(out, "--save-every", 1))
+    out = tmp_path / "run"
+    cut(flags(out, "--save-every", 1), lambda run, t: run.job.phase != "improver" and t == 5)
     assert train.main(flags(out, "--save-every", 1, "--resume", "--steps", 5)) == 0
     rounds = [row["sgpo/round"] for row in metrics(out) if row["phase"] == "sgpo"]
     assert rounds == [0] * 3 + [1] * 7

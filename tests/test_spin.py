@@ -1,22 +1,17 @@
 """SPIN: iterations with a frozen opponent, whose whole responses are the rejected side."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import GOLDEN, alike, cut, metrics, same, torchrun
 from safetensors.torch import load_file
 
 import train
 from data import Pair
 from sapo import SPIN, Settings, spin_starts
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
 EOS = 9
 
 
@@ -122,12 +117,6 @@ def flags(out: Path, *more: object) -> list[str]:
     return [str(flag) for flag in (*usual, *more)]
 
 
-def metrics(out: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timings = ("seconds", "tokens_per")
-    return [{k: v for k, v in row.items() if not k.startswith(timings)} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run: iterations of two and five steps."""
@@ -159,35 +148,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     last: int, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:  # killed behind the checkpoint of step `last`
-        step = train.Trainer.step
-        killed = lambda self, t: step(self, t) if t < last else (_ for _ in ()).throw(SystemExit)  # noqa: E731
-        patch.setattr(train.Trainer, "step", killed)
-        with pytest.raises(SystemExit):
-            train.main(flags(out))
+    cut(flags(out), lambda _, t: t == last)  # killed behind the checkpoint of step `last`
     assert train.main(flags(out, "--resume")) == 0
-    assert metrics(out) == metrics(whole)
-    one, other = (load_file(f / "final" / "model.safetensors") for f in (out, whole))
-    assert all(torch.equal(one[key], other[key]) for key in other)
+    same(out, whole)
 
 
 def test_two_ranks_give_the_run_of_one(whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "train.py"), *flags(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = torchrun(2, flags(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[:6000]
-    for mine, theirs in zip(metrics(out), metrics(whole), strict=True):
-        assert mine.pop("phase") == theirs.pop("phase")
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
-    one, other = (load_file(f / "final" / "model.safetensors") for f in (out, whole))
-    assert all(torch.allclose(one[key], other[key], atol=2e-4) for key in other)
+    alike(tmp_path / "run", whole)
 
 
 def test_learning_rates_and_betas_by_iteration(tmp_path: Path) -> None:
@@ -217,12 +186,8 @@ def test_the_iterations_rates_are_not_the_controls_nor_another_methods(tmp_path:
 
 def test_more_steps_on_resume_leave_begun_iterations_where_they_were(tmp_path: Path) -> None:
     """Iterations of two and five steps, killed in the second at six; --steps 12 prolongs it."""
-    out, step = tmp_path / "run", train.Trainer.step
-    with pytest.MonkeyPatch.context() as patch:
-        killed = lambda self, t: step(self, t) if t < 6 else (_ for _ in ()).throw(SystemExit)  # noqa: E731
-        patch.setattr(train.Trainer, "step", killed)
-        with pytest.raises(SystemExit):
-            train.main(flags(out, "--iterations", 3))
+    out = tmp_path / "run"
+    cut(flags(out, "--iterations", 3), lambda _, t: t == 6)
     assert train.main(flags(out, "--iterations", 3, "--resume", "--steps", 12)) == 0
     rows = metrics(out)
     assert [row["spin/iteration"] for row in rows] == [0] + [1] * 3 + [2] * 8

@@ -1,11 +1,8 @@
 """The client for targets, against a local server that answers wrongly in every way we know."""
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import GOLDEN, torchrun
 
 import train
 from data import InputError, TargetServer, retry_after
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden"
 KEY = "sk-secret-123"
 
 
@@ -327,15 +323,7 @@ def test_a_server_that_says_no_ends_all_ranks_without_a_traceback(
     serve: Any, tmp_path: Path
 ) -> None:
     server = serve(lambda handler, question, times: handler.reply({}, 404))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "train.py"), *flags(tmp_path / "run", server)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = torchrun(2, flags(tmp_path / "run", server))
     assert done.returncode
     assert "error: " in done.stderr
     assert "--target-model" in done.stderr

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import ROOT, alike, cut, metrics, torchrun
 from safetensors.torch import load_file, save_file
 
 import data
@@ -20,8 +20,6 @@ import sample
 import train
 from model import Transformer, hash_seed
 from sapo import batch_indices
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +61,6 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     assert shown.startswith("error: ")
     assert shown.count("\n") == 1
     return shown
-
-
-def metrics(out: Path, timings: bool = False) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in r.items() if timings or not k.startswith(("seconds", "tokens_per"))}
-        for r in rows
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +133,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     out = tmp_path / "run"
     flags = ["--model", start, "--data", rows, "--out", out, "--save-every", 3]
     flags += ["--eval-data", rows, "--eval-every", 3, *SMALL]
-    with pytest.MonkeyPatch.context() as patch:  # killed in the fifth step
-        step = train.Trainer.step
-        killed = lambda self, t: step(self, t) if t < 4 else (_ for _ in ()).throw(SystemExit)  # noqa: E731
-        patch.setattr(train.Trainer, "step", killed)
-        with pytest.raises(SystemExit):
-            run(*flags)
+    cut([str(flag) for flag in flags], lambda _, t: t == 4)
     assert len(metrics(out)) == 4
     assert run(*flags) == 2  # without --resume the folder is taken
     assert run(*flags, "--resume") == 0
@@ -246,24 +231,9 @@ def test_more_ranks_give_the_run_of_one(
     out = tmp_path / "run"
     flags = ["--model", start, "--data", rows, "--out", out, "--save-every", 3]
     flags += ["--eval-data", rows, "--eval-every", 3, "--micro-batch-size", 2, *SMALL]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc_per_node", str(world), str(ROOT / "train.py")]
-    done = subprocess.run(
-        [*launch, *map(str, flags)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = torchrun(world, flags)
     assert done.returncode == 0, done.stderr[:6000]
-    for mine, theirs in zip(metrics(out), metrics(sapo_run), strict=True):
-        assert mine.keys() == theirs.keys()
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-        assert mine["segment/identical"] == theirs["segment/identical"]
-    for folder in ("final", "checkpoints/step-6/ema", "checkpoints/step-6/reference"):
-        one, other = (load_file(f / folder / "model.safetensors") for f in (out, sapo_run))
-        assert all(torch.allclose(one[k], other[k], atol=2e-4) for k in other)
+    alike(out, sapo_run, ("final", "checkpoints/step-6/ema", "checkpoints/step-6/reference"))
     drawn = [load_file(f / "checkpoints/step-6/source.safetensors") for f in (out, sapo_run)]
     for key, value in drawn[1].items():
         same = torch.allclose if value.is_floating_point() else torch.equal

@@ -1,0 +1,78 @@
+"""What several tests do with whole runs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def metrics(out: Path, timings: bool = False) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    left_out = () if timings else ("seconds", "tokens_per")
+    return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in rows]
+
+
+def weights(out: Path, name: str = "final") -> dict[str, torch.Tensor]:
+    """The tensors of a model in a run's folder."""
+    return load_file(out / name / "model.safetensors")
+
+
+def same(one: Path, other: Path, names: Sequence[str] = ("final",)) -> None:
+    """The same rows and the same weights, to the bit."""
+    assert metrics(one) == metrics(other)
+    for name in names:
+        a, b = weights(one, name), weights(other, name)
+        assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+def alike(one: Path, other: Path, names: Sequence[str] = ("final",)) -> None:
+    """Rows and weights of runs on different numbers of ranks, which agree within rounding."""
+    for mine, theirs in zip(metrics(one), metrics(other), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert mine.pop("phase") == theirs.pop("phase")
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    for name in names:
+        a, b = weights(one, name), weights(other, name)
+        assert all(torch.allclose(a[key], b[key], atol=2e-4) for key in b)
+
+
+def torchrun(world: int, flags: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    """train.py on so many processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += [f"--nproc_per_node={world}", str(ROOT / "train.py")]
+    return subprocess.run(
+        [*launch, *map(str, flags)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def cut(flags: Sequence[str], here: Callable[[train.Trainer, int], bool]) -> None:
+    """Runs train.py until a step t of a trainer of which `here` is true, and kills it before it."""
+    step = train.Trainer.step
+
+    def killed(self: train.Trainer, t: int) -> dict[str, float]:
+        if here(self, t):
+            raise SystemExit
+        return step(self, t)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "step", killed)
+        with pytest.raises(SystemExit):
+            train.main(flags)
