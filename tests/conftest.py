@@ -16,6 +16,7 @@ import torch
 import transformers
 from smollm2 import smollm2_folder
 
+pytest.register_assert_rewrite("helpers")  # or a failure there would not say what differed
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
