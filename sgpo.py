@@ -7,7 +7,7 @@ asks for an improvement of the answer y to x. From a start pi_0:
     1. y0 ~ pi_0( . | x)
     2. y* = an improvement of y0 that pi_0 could reach, from a stronger model    `--target-source`
     3. out with y* where PPL(y*) > Q3 + k (Q3 - Q1)                              `perplexity_fence`
-    4. pi* = pi_0, fine-tuned on I(x, y0) -> y* and on x -> gold                 `improver_rows`
+    4. pi* = pi_0, fine-tuned on I(x, y0) -> y* and on x -> gold                 `improver_phase`
 
     Phase 2, preferences, on prompts x alone:
     5. y- ~ pi( . | x),  y+ ~ pi( . | I(x, y-)),  pi = pi* in the first round    `SGPO.begin_round`
@@ -32,9 +32,9 @@ come from the trainer.
 import bisect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -127,6 +127,50 @@ class Ask(NamedTuple):
 Score = Callable[[Sequence[Pair]], list[float]]  # summed log-probs of `chosen`
 Check = Callable[[str, str], bool]  # (the user's last turn, an answer) -> whether it is right
 JUDGED = 256  # pairs of a round, at most, whose gold log-probs are compared
+
+
+class TargetSource(Protocol):
+    """Where phase 1's targets come from, and where they are kept."""
+
+    def known(self, drafts: Sequence[Ask]) -> Collection[int]:
+        """Which drafts have a target already, from before a run was stopped."""
+
+    def obtain(self, drafts: Sequence[Ask], answers: dict[int, str]) -> list[Target]:
+        """A target for each draft, in order, but for those that came to nothing; `answers` has
+        the model's answer for each that is not known."""
+
+
+def improver_phase(
+    asks: Sequence[Ask],
+    policy: nn.Module,
+    generate: Generate,
+    score: Score,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    source: TargetSource,
+    measured: Sequence[float] = (),
+) -> tuple[list[Pair], dict[str, Any]]:
+    """Phase 1 up to its training: the rows to learn, prompt and `chosen`, and `fence_report`'s.
+
+    `measured`: the targets' perplexities, where a stopped run has left them.
+    """
+    c = settings
+    drafts = [ask for ask in asks for _ in range(c.responses_per_prompt)]
+    missing = sorted(set(range(len(drafts))) - set(source.known(drafts)))
+    prompts = [drafts[i].prompt for i in missing]
+    budgets = [min(c.max_new_tokens, c.max_length - len(prompt)) for prompt in prompts]
+    seeds = [hash_seed(c.seed, "draft", i) for i in missing]
+    new, _ = generate(policy, prompts, budgets, seeds)
+    answers = [tokenizer.decode(tokenizer.strip_eos(ids)) for ids in new]
+    targets = source.obtain(drafts, dict(zip(missing, answers, strict=True)))
+    rows, conditioned = improver_rows(targets, tokenizer, c)
+    if len(measured) != len(rows):
+        both = zip(score(conditioned), conditioned, strict=True)
+        measured = [math.exp(-logp / len(pair.chosen)) for logp, pair in both]
+    report = fence_report(measured, c.fence_k) | {"too_long": len(targets) - len(rows)}
+    fence = math.inf if report["fence"] is None else report["fence"]
+    kept = [row for row, value in zip(rows, measured, strict=True) if value <= fence]
+    return mix_rows(kept, asks, c.improver_mix, c.seed), report
 
 
 class SGPO:

@@ -31,7 +31,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -1038,94 +1038,77 @@ def train_improver(config: Config, job: Job, ranks: Ranks, asks: Sequence[sgpo.A
     )  # fmt: skip
     job = dataclasses.replace(job, final=folder, phase="improver", asks=(), test=None, eval_rows=[])
     trainer = Trainer(settings, job, ranks)
-    source = config.target_source or ""
-    if source in ("gold", "tasks") or is_url(config):
-        obtain_targets(config, trainer, asks)
-        targets = data.load_targets(job.metrics.with_name("improver_targets.jsonl"))
-    else:
-        targets = data.load_targets(source)
-    rows, given = sgpo.improver_rows(targets, job.tokenizer, config)
-    known = lm.read_json(note)["perplexities"] if note.exists() else []
-    if len(known) != len(rows):
-        sums = trainer.gold_scores(given)
-        known = [math.exp(-x / len(p.chosen)) for x, p in zip(sums, given, strict=True)]
-    report = sgpo.fence_report(known, config.fence_k)
-    fence = math.inf if report["fence"] is None else report["fence"]
-    rows = [row for row, perplexity in zip(rows, known, strict=True) if perplexity <= fence]
-    trainer.take(sgpo.mix_rows(rows, asks, config.improver_mix, config.seed))
+    targets = Targets(config, job.metrics.with_name("improver_targets.jsonl"), ranks)
+    measured = lm.read_json(note)["perplexities"] if note.exists() else []
+    models = (trainer.policy, trainer.generate, trainer.gold_scores)
+    rows, report = sgpo.improver_phase(asks, *models, config, job.tokenizer, targets, measured)
+    trainer.take(rows)
     if ranks.first:
-        told = f"{len(targets)} targets, {len(targets) - len(given)} too long, "
-        print(f"{told}{report['dropped']} beyond a perplexity of {fence:.4g}", flush=True)
+        told = f"{report['targets']} targets, and {report['too_long']} too long; "
+        print(f"{told}{report['dropped']} beyond the fence, {report['fence']}", flush=True)
         write_text(note, json.dumps({"steps": trainer.steps} | report, indent=1) + "\n")
     trainer.train()
     return trainer.steps
 
 
-def obtain_targets(config: Config, trainer: Trainer, asks: Sequence[sgpo.Ask]) -> None:
-    """OUT/improver_targets.jsonl: a row for each draft, once all are there in the drafts' order.
+class Targets:
+    """--target-source, and OUT/improver_targets.jsonl with a row for each draft.
 
     Each row is written as soon as it is known, and what is in the file is not asked for again.
     """
-    ranks, path = trainer.ranks, trainer.job.metrics.with_name("improver_targets.jsonl")
-    drafts = [ask for ask in asks for _ in range(config.responses_per_prompt)]
-    known: dict[int, dict[str, Any]] = {}
-    for _, row in json_lines(path):
-        i = row["index"] if row.keys() >= WRITTEN else -1
-        if 0 <= i < len(drafts) and row["prompt"] == as_prompt(drafts[i].messages):
-            known[i] = row
-    missing = [i for i in range(len(drafts)) if i not in known]
-    prompts = [drafts[i].prompt for i in missing]
-    budgets = [min(config.max_new_tokens, config.max_length - len(p)) for p in prompts]
-    seeds = [hash_seed(config.seed, "draft", i) for i in missing]
-    answers = [
-        trainer.text(new) for new in trainer.generate(trainer.policy, prompts, budgets, seeds)[0]
-    ]
-    failure: Exception | None = None
-    if ranks.first:
-        try:
-            gather_targets(
-                config, path, drafts, known, dict(zip(missing, answers, strict=True)), ranks
-            )
-        except (InputError, OSError, Stopped) as error:
-            failure = error  # the others wait, and are told
-    failed = ranks.sum(torch.tensor(float(failure is not None), device=ranks.device))
-    if failure is not None:
-        raise failure
-    if failed:
-        raise Stopped("rank 0 could not obtain the targets")
 
+    def __init__(self, config: Config, path: Path, ranks: Ranks) -> None:
+        self.config, self.path, self.ranks = config, path, ranks
+        self.rows: dict[int, dict[str, Any]] = {}
 
-def gather_targets(
-    config: Config,
-    path: Path,
-    drafts: Sequence[sgpo.Ask],
-    known: dict[int, dict[str, Any]],
-    answers: dict[int, str],
-    ranks: Ranks,
-) -> None:
-    """The part of it that one rank does: asks, and writes."""
+    def known(self, drafts: Sequence[sgpo.Ask]) -> Collection[int]:
+        """The drafts that the file has; all of them where the targets are a file of the user's."""
+        if self.config.target_source not in ("gold", "tasks") and not is_url(self.config):
+            return range(len(drafts))
+        for _, row in json_lines(self.path):
+            i = row["index"] if row.keys() >= {"index", "prompt", "response", "improved"} else -1
+            if 0 <= i < len(drafts) and row["prompt"] == as_prompt(drafts[i].messages):
+                self.rows[i] = row
+        return self.rows.keys()
 
-    def write() -> None:
-        rows = (json.dumps(known[i], ensure_ascii=False) + "\n" for i in sorted(known))
-        write_text(path, "".join(rows))
+    def obtain(self, drafts: Sequence[sgpo.Ask], answers: dict[int, str]) -> list[data.Target]:
+        """Has the first rank ask for what is missing; the others wait, and hear of a failure."""
+        if not self.rows and not answers:
+            return data.load_targets(self.config.target_source or "")
+        failure: Exception | None = None
+        if self.ranks.first:
+            try:
+                self.gather(drafts, answers)
+            except (InputError, OSError, Stopped) as error:
+                failure = error
+        failed = self.ranks.sum(torch.tensor(float(failure is not None), device=self.ranks.device))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise Stopped("rank 0 could not obtain the targets")
+        return data.load_targets(self.path)
 
-    write()
-    with path.open("a", encoding="utf-8") as file:
-        for i, improved, why in improvements(config, drafts, answers):
-            known[i] = {
-                "index": i, "prompt": as_prompt(drafts[i].messages), "response": answers[i],
-                "improved": improved,
-            } | ({"dropped": why} if why else {})  # fmt: skip
-            file.write(json.dumps(known[i], ensure_ascii=False) + "\n")
-            file.flush()
-            if ranks.asked_to_stop:
-                raise Stopped("stopped while targets were asked for; --resume goes on")
-    write()
-    dropped = collections.Counter(row.get("dropped") for row in known.values())
-    print(", ".join(f"{n} {why or 'targets'}" for why, n in dropped.items()), flush=True)
+    def gather(self, drafts: Sequence[sgpo.Ask], answers: dict[int, str]) -> None:
+        """Asks and writes; at the end the rows are in the drafts' order."""
+        self.write()
+        with self.path.open("a", encoding="utf-8") as file:
+            for i, improved, why in improvements(self.config, drafts, answers):
+                self.rows[i] = {
+                    "index": i, "prompt": as_prompt(drafts[i].messages), "response": answers[i],
+                    "improved": improved,
+                } | ({"dropped": why} if why else {})  # fmt: skip
+                file.write(json.dumps(self.rows[i], ensure_ascii=False) + "\n")
+                file.flush()
+                if self.ranks.asked_to_stop:
+                    raise Stopped("stopped while targets were asked for; --resume goes on")
+        self.write()
+        dropped = collections.Counter(row.get("dropped") for row in self.rows.values())
+        print(", ".join(f"{n} {why or 'targets'}" for why, n in dropped.items()), flush=True)
 
-
-WRITTEN = {"index", "prompt", "response", "improved"}  # what a row of targets has
+    def write(self) -> None:
+        """The file anew, in order."""
+        rows = (json.dumps(row, ensure_ascii=False) for _, row in sorted(self.rows.items()))
+        write_text(self.path, "".join(row + "\n" for row in rows))
 
 
 def improvements(
