@@ -584,6 +584,12 @@ class Branches(Layout):
         return token_logprobs(x_BTD.flatten(0, 1)[self.places], head_VD, self.targets)
 
 
+def tree_size(pair: Any) -> int:
+    """The tokens that `Branches` computes for a pair: what both sides begin with counts once."""
+    prompt, chosen, rejected = pair
+    return len(prompt) + len(chosen) + len(rejected) - common_prefix(chosen, rejected)
+
+
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     both = enumerate(zip(left, right, strict=False))

@@ -71,6 +71,7 @@ class Source(Protocol):
     metrics: dict[str, float]
     fresh: list["SegmentPair"]  # the pairs that it made
     picked: list[int]  # where each pair of the batch lies: in the rows, the buffer or the pool
+    reference_version: int  # another one whenever the reference has changed
 
     def before_step(self, t: int) -> list[Pair]:
         """The pairs of the update from policy t to t + 1, of the whole global batch."""
@@ -152,6 +153,7 @@ class SAPO:
         self.metrics: dict[str, float] = {}
         self.fresh: list[SegmentPair] = []
         self.picked: list[int] = []
+        self.reference_version = 0
 
     def before_step(self, t: int) -> list[Pair]:
         """EMA, reference, fresh pairs into the buffer, a batch out of it. The order matters."""
@@ -159,7 +161,9 @@ class SAPO:
         if t > 0 and t % c.ema_every == 0:
             with self.phase("ema"):
                 ema_update(self.ema, self.policy, c.ema_decay)
-        due = c.ref_update != "fixed" and t % (c.ref_update_every or 1) == 0
+        every = c.ref_update_every or 1
+        due = c.ref_update != "fixed" and t % every == 0
+        self.reference_version = 0 if c.ref_update == "fixed" else t // every
         if self.reference is not None and due:
             copy_weights(self.reference, self.ema if c.ref_update == "ema" else self.policy)
         self.fresh = []
@@ -248,6 +252,7 @@ class SPIN:
         self.metrics: dict[str, float] = {}
         self.fresh: list[SegmentPair] = []
         self.picked: list[int] = []
+        self.reference_version = 0
 
     def before_step(self, t: int) -> list[Pair]:
         """A batch of the iteration's pool: a pair for each row, then the previous iteration's.
@@ -257,6 +262,7 @@ class SPIN:
             self.iteration = iteration
             self.previous, self.current = dict(sorted(self.current.items())), {}
             copy_weights(self.opponent, self.policy)
+        self.reference_version = self.iteration
         count, older = len(self.rows), list(self.previous.values())
         key = hash_seed(self.settings.seed, "spin", self.iteration)
         at, size = t - self.bounds[iteration], self.settings.batch_size
@@ -452,6 +458,7 @@ class Static:
         self.metrics: dict[str, float] = {}
         self.fresh: list[SegmentPair] = []
         self.picked: list[int] = []
+        self.reference_version = 0
 
     def before_step(self, t: int) -> list[Pair]:
         """The batch's rows."""

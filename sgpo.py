@@ -202,6 +202,7 @@ class SGPO:
         self.fresh: list[SegmentPair] = []
         self.asked: list[Ask] = []  # what the fresh pairs answer
         self.picked: list[int] = []
+        self.reference_version = 0  # it stays frozen
 
     def before_step(self, t: int) -> list[Pair]:
         """A batch of the round's pairs, all of which are generated before its first step."""

@@ -508,7 +508,9 @@ class Trainer:
         self.config, self.job, self.ranks = config, job, ranks
         self.beta, self.drift = config.beta, sapo.Drift()
         self.seconds: dict[str, float] = {}
-        self.generated = 0  # tokens, in this step
+        self.generated, self.referred = 0, 0  # tokens in this step, sampled and by the reference
+        self.known_logps: dict[int, tuple[float, ...]] = {}  # by the reference, for a pair's digest
+        self.reference_version = 0
         self.bad_steps = self.skipped = 0  # updates left out: in a row, and in all
         self.nll_weight = 1.0 if config.loss in (None, "orpo") else config.nll_weight
         self.policy = ranks.build(job.start, config, learns=True)
@@ -595,7 +597,7 @@ class Trainer:
             self.optimizer.state.clear()
         if c.method == "spin":
             self.beta = nth(c.iteration_beta, iteration, c.beta)
-        self.seconds, self.generated = {}, 0
+        self.seconds, self.generated, self.referred = {}, 0, 0
         with self.phase("source"):
             pairs = self.source.before_step(t)
         self.write_pairs()
@@ -609,6 +611,8 @@ class Trainer:
                 row["grad_norm"] = self.update(row["lr"], row["loss"])
         row["skipped"] = float(self.skipped)
         row["tokens/generate"] = float(self.generated)
+        if self.compares:
+            row["tokens/reference"] = float(self.referred)
         if c.show_every and t % c.show_every == 0 and self.ranks.first:
             shown = [pair for pair in pairs if isinstance(pair, sapo.SegmentPair)]
             print(*(sample.paint(pair, self.job.tokenizer.decode) for pair in shown[:1]), sep="\n")
@@ -672,32 +676,63 @@ class Trainer:
             return peak * math.sqrt(max(1, warmup) / (t + 1))
         return peak
 
-    def score(self, pairs: Sequence[Pair], learn: bool, alone: Transformer | None = None) -> Tensor:
-        """(N, 12) float64 on every rank, COLUMNS in the pairs' order; `learn`: the gradient too;
-        `alone`: a model to take in the policy's place, without a reference.
+    def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Pair], Tensor, bool]]:
+        """This rank's micro-batches: places among the pairs, the pairs, their weights, and whether
+        it is the last.
 
         Each rank takes every world-th pair in order of length, so that all have alike work. Where
         they do not come out even, a rank repeats a pair with weight 0: all must run as many passes.
         """
-        c, count = self.config, len(pairs)
-        stats = torch.zeros(count, len(COLUMNS), dtype=torch.float64, device=self.ranks.device)
-        tokens = sum(len(pair.chosen) for pair in pairs)
+        count, size = len(pairs), self.config.micro_batch_size
         order = sorted(range(count), key=lambda i: sum(map(len, pairs[i])))
         mine = order[self.ranks.rank :: self.ranks.world]
         real = len(mine)
         mine += order[-1:] * (math.ceil(count / self.ranks.world) - real)
+        for first in range(0, len(mine), size):
+            places = mine[first : first + size]
+            weights = torch.tensor([float(first + k < real) for k in range(len(places))])
+            batch = [pairs[i] for i in places]
+            yield places, batch, weights.to(self.ranks.device), first + size >= len(mine)
+
+    def reference_logps(self, pairs: Sequence[Pair], keep: bool) -> Tensor:
+        """(N, 2) float32 on every rank: summed log-probs of chosen and rejected by the reference.
+
+        They are computed once for a pair, and kept until the reference changes; all ranks keep the
+        same. `keep`: false for pairs that will not come again.
+        """
+        if self.source.reference_version != self.reference_version:
+            self.reference_version = self.source.reference_version
+            self.known_logps.clear()
+        keys = [hash_seed(*pair) for pair in pairs]
+        missing = dict(zip(keys, pairs, strict=True))
+        missing = {key: pair for key, pair in missing.items() if key not in self.known_logps}
+        table = torch.zeros(len(missing), 2, dtype=torch.float64, device=self.ranks.device)
+        for places, batch, weights, _ in self.shares(list(missing.values())):
+            with self.phase("reference"), torch.no_grad():
+                sums = lm.pair_logprobs(self.models["reference"], batch)[:2]
+            table[places] += torch.stack(sums, dim=1).double() * weights[:, None]
+        self.referred += sum(map(lm.tree_size, missing.values()))
+        found = dict(zip(missing, map(tuple, self.ranks.sum(table).tolist()), strict=True))
+        rows = [found[key] if key in found else self.known_logps[key] for key in keys]
+        if keep:
+            self.known_logps |= found
+        return torch.tensor(rows, dtype=torch.float32, device=self.ranks.device).view(-1, 2)
+
+    def score(self, pairs: Sequence[Pair], learn: bool, alone: Transformer | None = None) -> Tensor:
+        """(N, 12) float64 on every rank, COLUMNS in the pairs' order; `learn`: the gradient too;
+        `alone`: a model to take in the policy's place, without a reference.
+        """
+        c, count = self.config, len(pairs)
+        stats = torch.zeros(count, len(COLUMNS), dtype=torch.float64, device=self.ranks.device)
+        tokens = sum(len(pair.chosen) for pair in pairs)
         constants = (self.beta, c.label_smoothing, c.orpo_lambda, c.length_normalize)
-        for first in range(0, len(mine), c.micro_batch_size):
-            indices = mine[first : first + c.micro_batch_size]
-            batch = [pairs[i] for i in indices]
-            weights = torch.tensor([float(first + k < real) for k in range(len(batch))])
-            weights = weights.to(self.ranks.device)
+        references = torch.zeros(count, 2, device=self.ranks.device)
+        if self.compares and alone is None:
+            references = self.reference_logps(pairs, keep=learn)
+        for places, batch, weights, last in self.shares(pairs):
             if isinstance(self.policy, FSDPModule):
-                self.policy.set_requires_gradient_sync(first + c.micro_batch_size >= len(mine))
-            reference = [torch.zeros_like(weights)] * 2
-            if self.compares and alone is None:
-                with self.phase("reference"), torch.no_grad():
-                    reference = [*lm.pair_logprobs(self.models["reference"], batch)]
+                self.policy.set_requires_gradient_sync(last)
+            reference = references[places].unbind(1)
             with self.phase("policy"), torch.set_grad_enabled(learn):
                 parts = lm.pair_token_logprobs(alone or self.policy, batch)
                 policy = lm.pair_sums(parts)
@@ -706,13 +741,11 @@ class Trainer:
                 loss = loss - self.nll_weight * (policy[0] * weights).sum() / tokens
                 if learn:  # FSDP averages gradients over ranks; the sum is wanted
                     (loss * self.ranks.world).backward()
-            lengths = [len(pair.prompt) for pair in batch]
-            lengths = [n + sum(map(len, parts[3 * i : 3 * i + 3])) for i, n in enumerate(lengths)]
-            computed = torch.tensor(lengths, device=self.ranks.device)
-            whole = (losses, *policy[:2], *reference[:2], *rewards)
+            computed = torch.tensor([lm.tree_size(pair) for pair in batch], device=loss.device)
+            whole = (losses, *policy[:2], *reference, *rewards)
             segments = sapo.segment_logprobs(batch, parts).unbind(1)
             columns = torch.stack([x.detach().double() for x in (*whole, *segments, computed)], 1)
-            stats[indices] += columns * weights[:, None]
+            stats[places] += columns * weights[:, None]
         return self.ranks.sum(stats).cpu()  # once: each number read from a device waits for it
 
     @property
@@ -727,8 +760,6 @@ class Trainer:
         row["loss"] = float(column["losses"].mean()) + self.nll_weight * row["nll"]
         row["logps/chosen"] = float(column["logps/chosen"].mean())
         row["tokens/policy"] = float(column["tokens"].sum())
-        if self.compares:
-            row["tokens/reference"] = row["tokens/policy"]
         if self.config.method != "sft" and all(pair.rejected for pair in pairs):
             good, bad = column["rewards/chosen"], column["rewards/rejected"]
             told = torch.tensor([p.rejected != p.chosen for p in pairs])
@@ -904,7 +935,11 @@ class Trainer:
             (folder / "optimizer").mkdir()
             save_file(self.source.state_dict(), folder / "source.safetensors")
             save_file(self.drift.state_dict(), folder / "drift.safetensors")
+            kept = torch.tensor([*self.known_logps.values()], dtype=torch.float64).view(-1, 2)
+            keys = torch.tensor([*self.known_logps], dtype=torch.int64)
+            save_file({"keys": keys, "logps": kept}, folder / "reference_logps.safetensors")
             counts = {"skipped": self.skipped, "bad_steps": self.bad_steps, "bounds": self.bounds}
+            counts |= {"reference_version": self.reference_version}
             (folder / "trainer.json").write_text(json.dumps(counts) + "\n", encoding="utf-8")
         fetch = lambda name: self.ranks.whole(state[name]).cpu()  # noqa: E731
         lm.write_weights(folder / "optimizer", sizes, fetch, self.ranks.first)
@@ -920,7 +955,7 @@ class Trainer:
             lm.find_weights(dict(model.named_parameters()), folder / name)
         lm.weight_files(folder / "optimizer")
         lm.read_json(folder / "trainer.json")
-        for name in ("source", "drift"):
+        for name in ("source", "drift", "reference_logps"):
             with lm.open_safetensors(folder / f"{name}.safetensors"):
                 pass
 
@@ -952,6 +987,10 @@ class Trainer:
             counts = lm.read_json(folder / "trainer.json")
             self.skipped, self.bad_steps = int(counts["skipped"]), int(counts["bad_steps"])
             self.bend(counts["bounds"], step - before)
+            self.reference_version = int(counts["reference_version"])
+            with lm.open_safetensors(folder / "reference_logps.safetensors") as file:
+                keys, kept = file.get_tensor("keys").tolist(), file.get_tensor("logps").tolist()
+            self.known_logps = dict(zip(keys, map(tuple, kept), strict=True))
         if self.job.trace is not None:
             self.job.trace.forget_after(step)
         if self.ranks.first:

@@ -264,3 +264,29 @@ def test_five_bad_steps_end_the_run_and_name_the_last_checkpoint(
     monkeypatch.setattr(train.Trainer, "summary", summary)
     assert train.main(flags("sft", out, "--steps", 9)) == 2
     assert str(out / "checkpoints" / "step-") in capsys.readouterr().err
+
+
+def test_the_reference_sees_a_pair_once_until_it_changes(tmp_path: Path) -> None:
+    """24 rows in batches of six: the fourth step has seen them all; in the sapo run the reference
+    is another one at steps 1, 3 and 5, and until then drawn pairs may be known."""
+    assert train.main(flags("dpo", tmp_path / "dpo", "--steps", 9)) == 0
+    seen = [row["tokens/reference"] for row in metrics(tmp_path / "dpo")]
+    assert min(seen[:4]) > 0
+    assert max(seen[4:]) == 0
+    assert train.main(flags("sapo", tmp_path / "sapo", "--replay-capacity", 6)) == 0
+    rows = metrics(tmp_path / "sapo")
+    assert all(row["tokens/reference"] <= row["tokens/policy"] for row in rows)
+    assert all(rows[i]["tokens/reference"] > 0 for i in (0, 2, 4))
+
+
+def test_what_is_kept_of_the_reference_equals_what_is_computed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train.main(flags("spin", tmp_path / "kept", "--steps", 9)) == 0
+    real = train.Trainer.reference_logps
+    forgetful = lambda self, pairs, keep: real(self, pairs, keep=False)  # noqa: E731
+    monkeypatch.setattr(train.Trainer, "reference_logps", forgetful)
+    assert train.main(flags("spin", tmp_path / "anew", "--steps", 9)) == 0
+    for mine, theirs in zip(metrics(tmp_path / "kept"), metrics(tmp_path / "anew"), strict=True):
+        for key in ("loss", "rewards/margins", "grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5)
