@@ -123,7 +123,7 @@ class Settings:
     iterations: int = 4  # [spin]
     "spin: how often the opponent becomes the policy as it then is"
     max_new_tokens: int = 256  # [spin]
-    "spin: tokens of an opponent's response, at most"
+    "spin, sgpo: tokens of a sampled response, at most"
 
 
 class SAPO:
