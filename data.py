@@ -642,9 +642,9 @@ class Tokenizer:
                 f"mend one of them, or pass --chat-template {_NAMES}"
             ) from None
 
-    def strip_eos(self, ids: list[int]) -> list[int]:
-        """A response without the EOS at its end, if it has one."""
-        return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+    def response_text(self, ids: list[int]) -> str:
+        """A response as text, without the EOS at its end, if it has one."""
+        return self.decode(ids[:-1] if ids and ids[-1] in self.eos_ids else ids)
 
     def end_turn(self, ids: list[int]) -> list[int]:
         """A rendered response through its last EOS, or with one where the template sets none."""

@@ -175,6 +175,7 @@ def answer(flags: Flags) -> None:
             partial = Path(flags.out).with_name(f".{Path(flags.out).name}.partial")
             if Path(flags.out).is_dir():
                 raise InputError(f"--out {flags.out} is a folder; it should be a file")
+            stack.callback(partial.unlink, missing_ok=True)  # where it did not become whole
             file = stack.enter_context(partial.open("w", encoding="utf-8", errors="replace"))
         model = Transformer.from_pretrained(folder, dtype, device)
         check_vocabulary(tokenizer, model, folder)
@@ -187,8 +188,9 @@ def answer(flags: Flags) -> None:
             shown = f"\n\n{'-' * 20}\n\n".join(texts)
             line = json.dumps(row, ensure_ascii=False)
             print(line if flags.prompts is not None else shown, file=file)
-    if flags.out is not None:
-        partial.rename(flags.out)
+        if flags.out is not None:
+            file.flush()
+            partial.rename(flags.out)
 
 
 def sample_answers(
@@ -210,7 +212,7 @@ def sample_answers(
             top_p=flags.top_p, eos_ids=tokenizer.eos_ids, batch_size=flags.batch_size,
             seed=hash_seed(flags.seed, i) if i else flags.seed,
         )  # fmt: skip
-        answers.append([tokenizer.decode(tokenizer.strip_eos(ids)) for ids in new])
+        answers.append([tokenizer.response_text(ids) for ids in new])
         both = zip(conversations, answers[-1], strict=True)
         asked = [sgpo.improver_prompt(turns, text, instruction) for turns, text in both]
     return answers

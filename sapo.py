@@ -277,9 +277,8 @@ class SPIN:
     def respond(self, rows: Sequence[Pair], keys: Sequence[Any]) -> list["SegmentPair"]:
         """The opponent's response to each row's prompt, beside the gold one."""
         c, prompts = self.settings, [row.prompt for row in rows]
-        budgets = [min(c.max_new_tokens, c.max_length - len(p)) for p in prompts]
         seeds = [hash_seed(c.seed, "opponent", key) for key in keys]
-        answers, logps = self.generate(self.opponent, prompts, budgets, seeds)
+        answers, logps = self.generate(self.opponent, prompts, budgets(prompts, c), seeds)
         return [
             SegmentPair(row._replace(rejected=new), (0, len(row.chosen), len(new)), logp)
             for row, new, logp in zip(rows, answers, logps, strict=True)
@@ -305,6 +304,11 @@ class SPIN:
         known: list[Any] = list(zip(state["rows"].tolist(), unpack(state), strict=True))
         split, self.iteration = int(state["previous"]), int(state["iteration"])
         self.previous, self.current = dict(known[:split]), dict(known[split:])
+
+
+def budgets(prompts: Sequence[Sequence[int]], settings: Settings) -> list[int]:
+    """The most tokens that a response to each prompt may have."""
+    return [min(settings.max_new_tokens, settings.max_length - len(p)) for p in prompts]
 
 
 def spin_starts(steps: int, iterations: int) -> list[int]:

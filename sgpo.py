@@ -43,7 +43,7 @@ from torch import Tensor, nn
 import sapo
 from data import Example, Messages, Pair, Target, Tokenizer, encode_example
 from model import InputError, hash_seed
-from sapo import Generate, SegmentPair, batch_indices, describe, pack, unpack
+from sapo import Generate, SegmentPair, batch_indices, budgets, describe, pack, unpack
 
 IMPROVER = """Here is a request, and an answer to it that can be improved.
 
@@ -158,11 +158,10 @@ def improver_phase(
     drafts = [ask for ask in asks for _ in range(c.responses_per_prompt)]
     missing = sorted(set(range(len(drafts))) - set(source.known(drafts)))
     prompts = [drafts[i].prompt for i in missing]
-    budgets = [min(c.max_new_tokens, c.max_length - len(prompt)) for prompt in prompts]
     seeds = [hash_seed(c.seed, "draft", i) for i in missing]
-    new, _ = generate(policy, prompts, budgets, seeds)
-    answers = [tokenizer.decode(tokenizer.strip_eos(ids)) for ids in new]
-    targets = source.obtain(drafts, dict(zip(missing, answers, strict=True)))
+    new, _ = generate(policy, prompts, budgets(prompts, c), seeds)
+    answers = dict(zip(missing, map(tokenizer.response_text, new), strict=True))
+    targets = source.obtain(drafts, answers)
     rows, conditioned = improver_rows(targets, tokenizer, c)
     if len(measured) != len(rows):
         both = zip(score(conditioned), conditioned, strict=True)
@@ -239,7 +238,8 @@ class SGPO:
             if fit
             for better in [next(asked)]
         ]
-        full = [one for one in made if all(self.text(side).strip() for side in one[1][1:])]
+        read = self.tokenizer.response_text
+        full = [one for one in made if all(read(side).strip() for side in one[1][1:])]
         kept = [(ask, pair) for ask, pair in full if pair.chosen != pair.rejected]
         self.asked, self.fresh = [ask for ask, _ in kept], [pair for _, pair in kept]
         self.pairs = list(self.fresh)
@@ -252,13 +252,11 @@ class SGPO:
         if kept:
             self.metrics |= self.judge()
 
-    def text(self, ids: list[int]) -> str:
-        """A response without its EOS."""
-        return self.tokenizer.decode(self.tokenizer.strip_eos(ids))
-
     def frame(self, ask: Ask, answer: list[int]) -> list[int]:
         """The prompt that asks for a better answer, as token ids."""
-        return frame(ask.messages, self.text(answer), self.tokenizer, self.settings)
+        return frame(
+            ask.messages, self.tokenizer.response_text(answer), self.tokenizer, self.settings
+        )
 
     def judge(self) -> dict[str, float]:
         """How much better the round's improvements are than its answers: by the checker, or by what
@@ -266,7 +264,10 @@ class SGPO:
         both = list(zip(self.asked, self.fresh, strict=True))
         if self.check is not None:
             marks = [
-                [self.check(ask.messages[-1]["content"], self.text(side)) for side in (bad, good)]
+                [
+                    self.check(ask.messages[-1]["content"], self.tokenizer.response_text(side))
+                    for side in (bad, good)
+                ]
                 for ask, (_, good, bad) in both
             ]
             shares = {
@@ -300,9 +301,8 @@ class SGPO:
     ) -> tuple[list[list[int]], list[float]]:
         """The policy's continuations of prompts."""
         c = self.settings
-        budgets = [min(c.max_new_tokens, c.max_length - len(prompt)) for prompt in prompts]
         seeds = [hash_seed(c.seed, purpose, self.round, i) for i in range(len(prompts))]
-        return self.generate(self.policy, prompts, budgets, seeds, temperature)
+        return self.generate(self.policy, prompts, budgets(prompts, c), seeds, temperature)
 
     def eval_pairs(self, rows: Sequence[Pair]) -> list[Pair]:
         """Rows with a rejected side keep it; the others get the policy's answer."""

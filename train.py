@@ -566,10 +566,6 @@ class Trainer:
         self.seconds = held | {"judge": time.perf_counter() - began}
         return stats[:, COLUMNS.index("logps/chosen")].tolist()
 
-    def text(self, ids: list[int]) -> str:
-        """A response as text, without its EOS."""
-        return self.job.tokenizer.decode(self.job.tokenizer.strip_eos(ids))
-
     def train(self) -> None:
         """The loop. t counts optimizer updates done."""
         t = self.restore() if self.config.resume else 0
@@ -627,10 +623,11 @@ class Trainer:
         """Appends what SGPO's source has just made to pairs.jsonl, as rows that --data reads."""
         if not (isinstance(self.source, sgpo.SGPO) and self.source.fresh and self.ranks.first):
             return
+        read = self.job.tokenizer.response_text
         with self.job.metrics.with_name("pairs.jsonl").open("a", encoding="utf-8") as file:
             for ask, pair in zip(self.source.asked, self.source.fresh, strict=True):
                 row = {"round": self.source.round, "prompt": as_prompt(ask.messages)}
-                row |= {"chosen": self.text(pair.chosen), "rejected": self.text(pair.rejected)}
+                row |= {"chosen": read(pair.chosen), "rejected": read(pair.rejected)}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def record(self, step: int, pairs: list[Pair], stats: Tensor, row: dict[str, float]) -> None:
@@ -1004,13 +1001,12 @@ class Trainer:
         return step - before
 
     def bend(self, old: list[int], done: int) -> None:
-        """Where --steps has changed, what is left of the old schedule is stretched over what is
-        left now: iterations and rounds that have begun stay where they are."""
+        """Takes up the saved schedule. Where --steps has changed, what is left of it is stretched
+        over what is left now: iterations and rounds that have begun stay where they are."""
         left = max(1, old[-1] - done)
         ratio = (self.steps - done) / left
         bent = [at if at < done else done + round((at - done) * ratio) for at in old[:-1]]
-        if old[-1] != self.steps:
-            self.bounds[:] = [*bent, self.steps]  # in place: the source has it too
+        self.bounds[:] = [*bent, self.steps]  # in place: the source has it too
 
     def restore_optimizer(self, folder: Path) -> None:
         """Fills the optimizer's state, each rank its shards."""

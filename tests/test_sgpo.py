@@ -623,6 +623,8 @@ def test_more_steps_on_resume_stretch_the_rounds_that_have_not_begun(tmp_path: P
     """Two rounds of three, killed in the second; with --steps 5 that round takes four more."""
     out = tmp_path / "run"
     cut(flags(out, "--save-every", 1), lambda run, t: run.job.phase != "improver" and t == 5)
-    assert train.main(flags(out, "--save-every", 1, "--resume", "--steps", 5)) == 0
+    more = ("--save-every", 1, "--resume", "--steps", 5)
+    cut(flags(out, *more), lambda run, t: t == 7)  # and what was stretched stays so
+    assert train.main(flags(out, *more)) == 0
     rounds = [row["sgpo/round"] for row in metrics(out) if row["phase"] == "sgpo"]
     assert rounds == [0] * 3 + [1] * 7

@@ -719,3 +719,13 @@ def test_seeds_do_not_depend_on_the_process() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) == hash_seed("a", 1)
+
+
+def test_sampling_that_fails_leaves_no_file(start: Path, rows: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(start, broken)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    flags = ["--model", broken, "--prompts", rows, "--out", tmp_path / "answers.jsonl"]
+    assert sample.main([str(flag) for flag in flags]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
