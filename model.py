@@ -11,8 +11,10 @@ One stack of blocks serves three uses. What differs between them is a `Layout`: 
 token has, which tokens it sees, and where the head is needed.
 
     Layout     plain rows: each token sees itself and what is before it; logits everywhere
-    Cache      generation: a static key-value cache, filled by the prompts and then token by token
-    Branches   training: each row is a tree, one prefix and two tails that do not see each other
+    Packed     sequences of any lengths, one behind the other in one row
+    Branches   training: of each pair the common prefix once, and two tails that branch from it
+    Prompts    generation: the prompts, whose keys and values fill a static cache
+    Cache      generation: one token more in each row
 
 This file knows nothing of training, and nothing of `torch.distributed`.
 
@@ -26,6 +28,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -395,11 +399,12 @@ class RMSNorm(nn.Module):
 
 
 def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions (B or 1, T): two (B or 1, T, 1, E), computed in float32."""
+    """Cosines and signed sines for positions (B or 1, T): two (B or 1, T, 1, E), computed in
+    float32. The sines of the first half of the channels are negative, as `rotate` wants them."""
     freqs = frequencies(config.rope, config.head_dim, positions.device)
     angles = positions[:, :, None, None].float() * freqs
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 @lru_cache(maxsize=32)
@@ -420,18 +425,14 @@ def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turns channel i together with channel i + E/2, as Hugging Face's weights expect."""
     cos, sin = rotation
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 # ----------------------------------------------------------------------------------- the layouts
 
 
 class Layout:
-    """Plain rows: every token sees itself and what is before it. The base of the other two."""
-
-    plain = True  # SDPA's own causal mask says it all, but for a window
-    biases: dict[int | None, Tensor | None]
+    """Plain rows: every token sees itself and what is before it. The base of the others."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (B or 1, T)
@@ -439,32 +440,40 @@ class Layout:
     def prepare(self, windows: Sequence[int | None], dtype: torch.dtype) -> None:
         """Builds what is added to the attention scores, once per forward pass: not per layer, and
         not within a block, whose recomputation or compilation would find it there already."""
-        self.biases = {window: self.bias(window, dtype) for window in set(windows)}
+        self.biases: dict[int | None, Any] = {w: self.bias(w, dtype) for w in set(windows)}
 
-    def visible(self) -> Tensor:
-        """Who (queries, dim 1) sees whom (keys, dim 2) without a window: (B or 1, T, T) bool."""
-        places = torch.arange(self.positions.shape[1], device=self.positions.device)
-        return (places[:, None] >= places)[None]
-
-    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """(B or 1, 1, T, T): 0 where a query sees a key, -inf elsewhere; None for plain rows."""
-        at = self.positions
-        if self.plain and (window is None or at.shape[1] <= window):
-            return None
-        near = True if window is None else at[:, :, None] - at[:, None, :] < window
-        return additive(self.visible() & near, dtype)[:, None]
+    def bias(self, window: int | None, dtype: torch.dtype) -> Any:
+        """What `attend` needs for layers of this window: `causal_bias`, here."""
+        count = self.positions.shape[1]
+        return causal_bias(count, count, window, dtype, self.positions.device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
         """Queries (B, H, T, E), keys and values (B, K, T, E) -> (B, H, T, E)."""
-        bias = self.biases[window]
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped
-        )
+        return attention(q, k, v, self.biases[window])
 
     def read(self, x_BTD: Tensor, head_VD: Tensor) -> Tensor:
         """The logits of every position, (B, T, V)."""
         return F.linear(x_BTD, head_VD.to(x_BTD.dtype))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention, causal where no bias is added to the scores."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped
+    )
+
+
+def causal_bias(
+    queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """(queries, keys) for queries that are the last of the keys' tokens: 0 where one is seen, -inf
+    elsewhere. None where SDPA's own causal mask says the same."""
+    if queries == keys and (window is None or keys <= window):
+        return None
+    at = torch.arange(keys, device=device)
+    behind = at[keys - queries :, None] - at
+    return additive((behind >= 0) & (behind < (window or keys)), dtype)
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -473,32 +482,110 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return zeros.masked_fill_(~visible, -math.inf)
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
-    """Rows of numbers, filled up on the right: (B, T) int64."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
+class Packed(Layout):
+    """Sequences one behind the other in one row of T tokens, so that nothing is padded.
+
+    `sizes` are their tokens. A sequence sees before its own the first tokens of the sequence before
+    it, as many as `prefixes` says, and its positions go on from there.
+    """
+
+    def __init__(self, sizes: list[int], prefixes: list[int], device: torch.device) -> None:
+        self.sizes, self.prefixes = sizes, prefixes
+        both = zip(prefixes, sizes, strict=True)
+        positions = [at for prefix, size in both for at in range(prefix, prefix + size)]
+        self.positions = torch.tensor([positions], device=device)
+
+    def prepare(self, windows: Sequence[int | None], dtype: torch.dtype) -> None:
+        """As Layout's, but in half precision on CUDA, where one kernel takes all sequences."""
+        device = self.positions.device
+        self.one_kernel = has_kernel(device, dtype)
+        if self.one_kernel:
+            keys = [*map(sum, zip(self.prefixes, self.sizes, strict=True))]
+            self.most = (max(self.sizes), max(keys))
+            self.ends = [  # of each sequence's queries and keys
+                torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+                for counts in (self.sizes, keys)
+            ]
+        else:
+            super().prepare(windows, dtype)
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
+        """One `causal_bias` for each sequence."""
+        device, both = self.positions.device, zip(self.prefixes, self.sizes, strict=True)
+        return [causal_bias(size, prefix + size, window, dtype, device) for prefix, size in both]
+
+    def seen(self, x_BKTE: Tensor) -> list[Tensor]:
+        """The keys, or the values, that each sequence sees."""
+        parts = list(x_BKTE.split(self.sizes, dim=2))
+        for i, prefix in enumerate(self.prefixes):
+            if prefix:
+                parts[i] = torch.cat((parts[i - 1][:, :, :prefix], parts[i]), dim=2)
+        return parts
+
+    @torch.compiler.disable  # the sizes change with every batch
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
+        """As Layout's, with B = 1."""
+        if self.one_kernel:  # its window counts the tokens before the query; -1 is all of them
+            group, left = q.shape[1] // k.shape[1], -1 if window is None else window - 1
+            both = [torch.cat(self.seen(x.repeat_interleave(group, 1)), 2) for x in (k, v)]
+            q_THE, k_SHE, v_SHE = (x[0].transpose(0, 1) for x in (q, *both))
+            sizes: Any = (*self.ends, *self.most)
+            o_THE: Any = varlen_attn(q_THE, k_SHE, v_SHE, *sizes, window_size=(left, 0))
+            return o_THE.transpose(0, 1)[None]
+        sequences = (q.split(self.sizes, dim=2), self.seen(k), self.seen(v), self.biases[window])
+        return torch.cat([attention(*one) for one in zip(*sequences, strict=True)], dim=2)
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `varlen_attn` runs there."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+class Prompts(Packed):
+    """The prompts of a batch, whose keys and values fill a cache."""
+
+    def __init__(self, prompts: list[list[int]], cache: "Cache") -> None:
+        device, lengths = cache.keys.device, [len(prompt) for prompt in prompts]
+        super().__init__(lengths, [0] * len(lengths), device)
+        self.cache = cache
+        self.tokens = torch.tensor([[token for prompt in prompts for token in prompt]]).to(device)
+        rows = torch.arange(len(lengths), device=device)
+        self.rows = rows.repeat_interleave(torch.tensor(lengths, device=device))
+        self.last = torch.tensor([end - 1 for end in accumulate(lengths)], device=device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
+        """As Packed's; stores k and v."""
+        for stored, x in ((self.cache.keys, k), (self.cache.values, v)):
+            stored[layer][self.rows, :, self.positions[0]] = x[0].transpose(0, 1)
+        return super().attend(q, k, v, layer, window)
+
+    def read(self, x_BTD: Tensor, head_VD: Tensor) -> Tensor:
+        """The logits of each prompt's last token, (B, V)."""
+        return F.linear(x_BTD[0, self.last], head_VD.to(x_BTD.dtype))
 
 
 class Cache(Layout):
-    """A static key-value cache: the prompts of B rows, padded on the right, then `step` by step.
+    """A static key-value cache of B rows, to which each `step` adds a token.
 
-    `size` is the most tokens that a row will have, `lengths` how many each has.
+    `lengths` are the tokens that its rows have, `size` the most that one will have. A step reads
+    `width` of them, a multiple of `grain`, so that its shapes change rarely.
     """
 
-    def __init__(self, model: Transformer, lengths: list[int], size: int) -> None:
+    def __init__(self, model: Transformer, lengths: list[int], size: int, grain: int = 1) -> None:
         config, dtype = model.config, model.compute_dtype or model.dtype
         shape = (config.num_layers, len(lengths), config.num_kv_heads, size, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=model.device)
         self.values = torch.zeros(shape, dtype=dtype, device=model.device)
-        self.lengths, self.decoding = lengths, False
-        self.positions = torch.arange(max(lengths), device=model.device)[None]
+        self.lengths, self.size, self.grain = lengths, size, grain
+        self.positions = torch.tensor(lengths, device=model.device)[:, None] - 1
 
     def step(self) -> "Cache":
         """Makes ready for one more token in each row, (B, 1)."""
-        self.decoding = True
+        # A row that has stopped, but was kept, may go on past the end: it stays on the last place.
+        self.positions = (self.positions + 1).clamp_max(self.size - 1)
         self.lengths = [length + 1 for length in self.lengths]
-        self.positions = torch.tensor(self.lengths, device=self.keys.device)[:, None] - 1
         self.rows = torch.arange(len(self.lengths), device=self.keys.device)
+        self.width = min(self.size, -(-max(self.lengths) // self.grain) * self.grain)
         return self
 
     def keep(self, rows: list[int]) -> None:
@@ -507,81 +594,70 @@ class Cache(Layout):
             if new != old:
                 self.keys[:, new], self.values[:, new] = self.keys[:, old], self.values[:, old]
         self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
-        self.lengths = [self.lengths[row] for row in rows]
+        self.lengths, self.positions = [self.lengths[row] for row in rows], self.positions[rows]
 
-    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """As Layout's; when decoding (B, 1, 1, S), for the one query of each row."""
-        if not self.decoding:
-            return super().bias(window, dtype)
-        places = torch.arange(max(self.lengths), device=self.positions.device)[None]
+    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(B, 1, 1, S), for the one query of each row."""
+        places = torch.arange(self.width, device=self.positions.device)[None]
         near = True if window is None else places > self.positions - window
         return additive((places <= self.positions) & near, dtype)[:, None, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
-        """As Layout's; stores k and v, and when decoding attends to all that is stored."""
-        keys_BKSE, values_BKSE = self.keys[layer], self.values[layer]
-        if not self.decoding:
-            keys_BKSE[:, :, : k.shape[2]], values_BKSE[:, :, : v.shape[2]] = k, v
-            return super().attend(q, k, v, layer, window)
-        last, width = self.positions[:, 0], max(self.lengths)
+        """As Layout's, with T = 1; stores k and v, and attends to all that is stored."""
+        keys_BKSE, values_BKSE, last = self.keys[layer], self.values[layer], self.positions[:, 0]
         keys_BKSE[self.rows, :, last], values_BKSE[self.rows, :, last] = k[:, :, 0], v[:, :, 0]
         # One query a row: two small products by hand cost less than SDPA's set-up. The query
         # heads of a group (G) become the rows of one product with the key head they share.
         q_BKGE = q.unflatten(1, (k.shape[1], -1))[:, :, :, 0] * q.shape[-1] ** -0.5
-        scores_BKGS = q_BKGE @ keys_BKSE[:, :, :width].transpose(-1, -2) + self.biases[window]
+        scores_BKGS = q_BKGE @ keys_BKSE[:, :, : self.width].transpose(-1, -2)
+        scores_BKGS = scores_BKGS + self.biases[window]
         weights_BKGS = scores_BKGS.float().softmax(-1).to(q.dtype)
-        return (weights_BKGS @ values_BKSE[:, :, :width]).flatten(1, 2)[:, :, None]
+        return (weights_BKGS @ values_BKSE[:, :, : self.width]).flatten(1, 2)[:, :, None]
 
     def read(self, x_BTD: Tensor, head_VD: Tensor) -> Tensor:
         """The logits of each row's last token, (B, V)."""
-        last = [0 if self.decoding else length - 1 for length in self.lengths]
-        return F.linear(x_BTD[range(len(last)), last], head_VD.to(x_BTD.dtype))
+        x_BD, head_VD = x_BTD[:, 0], head_VD.to(x_BTD.dtype)
+        if x_BD.is_cpu and len(x_BD) > 2:  # twice as fast there as x @ head^T
+            return (head_VD @ x_BD.T).T
+        return F.linear(x_BD, head_VD)
 
 
-class Branches(Layout):
-    """Rows that are trees: a pair's common prefix once, then both tails, which see the prefix and
-    themselves. The second tail's positions go on from the prefix; its places do not.
+class Branches(Packed):
+    """Trees: of each pair its common prefix once, then both tails, which see the prefix and
+    themselves. Its first sequence is prefix and chosen tail, its second the rejected tail.
 
     What is read out are the M log-probs of response tokens, in the order of `lengths`: for each
     pair those shared, those of the chosen tail, those of the rejected tail.
     """
 
     def __init__(self, pairs: Sequence[Any], device: torch.device) -> None:
-        tokens: list[list[int]] = []
-        positions: list[list[int]] = []
-        tails: list[list[int]] = []  # 0 prefix, 1 chosen, 2 rejected, 3 padding
-        places: list[list[int]] = []  # where each scored token is predicted, along its own branch
+        tokens: list[int] = []
+        places: list[int] = []  # where each scored token is predicted
         targets: list[int] = []
+        sizes: list[int] = []
+        prefixes: list[int] = []
         self.lengths: list[int] = []
         for prompt, chosen, rejected in pairs:
             if not prompt:
                 raise ValueError("a pair needs a prompt, or its first token has no context")
-            shared = common_prefix(chosen, rejected)
-            n_chosen, n_rejected = len(chosen) - shared, len(rejected) - shared
-            prefix = len(prompt) + shared
-            last, fork, end = prefix - 1, prefix + n_chosen, prefix + n_chosen + n_rejected
-            tokens.append([*prompt, *chosen, *rejected[shared:]])
-            positions.append([*range(fork), *range(prefix, prefix + n_rejected)])
-            tails.append([0] * prefix + [1] * n_chosen + [2] * n_rejected)
-            first, second = [last, *range(prefix, fork)], [last, *range(fork, end)]
-            places.append([*range(last - shared, last), *first[:n_chosen], *second[:n_rejected]])
-            targets += [*chosen, *rejected[shared:]]
-            self.lengths += [shared, n_chosen, n_rejected]
-        self.tokens, self.positions = pad(tokens, 0, device), pad(positions, 0, device)
-        self.tails, width = pad(tails, 3, device), max(map(len, tokens))
-        self.plain = not any(1 in row and 2 in row for row in tails)
-        flat = [i * width + place for i, row in enumerate(places) for place in row]
-        self.places = torch.tensor(flat, dtype=torch.int64, device=device)  # (M,)
+            shared, start = common_prefix(chosen, rejected), len(tokens)
+            tail = rejected[shared:]
+            prefix, fork = len(prompt) + shared, len(prompt) + len(chosen)
+            tokens += [*prompt, *chosen, *tail]
+            places += range(start + len(prompt) - 1, start + fork - 1)
+            places += [start + prefix - 1, *range(start + fork, len(tokens) - 1)][: len(tail)]
+            targets += [*chosen, *tail]
+            sizes += [fork, len(tail)] if tail else [fork]
+            prefixes += [0, prefix] if tail else [0]
+            self.lengths += [shared, fork - prefix, len(tail)]
+        super().__init__(sizes, prefixes, device)
+        self.tokens = torch.tensor([tokens], device=device)
+        self.places = torch.tensor(places, dtype=torch.int64, device=device)  # (M,)
         self.targets = torch.tensor(targets, dtype=torch.int64, device=device)  # (M,)
-
-    def visible(self) -> Tensor:
-        """(B, T, T) bool: of what is before it, a token sees the prefix and its own tail."""
-        same = (self.tails[:, None, :] == 0) | (self.tails[:, None, :] == self.tails[:, :, None])
-        return super().visible() & same
 
     def read(self, x_BTD: Tensor, head_VD: Tensor) -> Tensor:
         """The log-probs of the response tokens, (M,) float32."""
-        return token_logprobs(x_BTD.flatten(0, 1)[self.places], head_VD, self.targets)
+        return token_logprobs(x_BTD[0].index_select(0, self.places), head_VD, self.targets)
 
 
 def tree_size(pair: Any) -> int:
@@ -598,7 +674,10 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 # ------------------------------------------------------------------------------ log-probabilities
 
-LOGITS = 2**24  # 64 MiB in float32: 340 rows at a vocabulary of 49,152
+# How many logits exist at a time: 64 MiB in float32 on a CPU, where caches are small, 512 MiB on a
+# GPU, whose matrix units starve on few rows; and how many exponentials wait for the backward pass.
+LOGITS = {"cpu": 2**24, "cuda": 2**27}
+KEPT = 2**26
 
 
 def pair_logprobs(
@@ -629,25 +708,63 @@ def pair_token_logprobs(model: Transformer, pairs: Sequence[Any]) -> list[Tensor
 
 
 def token_logprobs(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:
-    """log softmax(x @ head^T)[target] in float32, (M,).
+    """log softmax(x @ head^T)[target] in float32, (M,)."""
+    keep = KEPT if torch.is_grad_enabled() else 0
+    return TokenLogprobs.apply(x_MD, head_VD, targets_M, keep)
 
-    At most `LOGITS` logits exist at a time. Where there are more, the backward pass computes each
-    chunk of rows again.
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(x @ head^T)[target] in chunks of rows, of which each has `LOGITS` logits.
+
+    For the backward pass the first `keep` exponentials stay; chunks beyond are computed again. The
+    gradient g of a log-prob is g (onehot(target) - softmax) for its logits, and takes the place of
+    the exponentials: autograd would fill some five arrays of tokens x vocabulary on the way, and
+    one of (V, D) for each chunk.
     """
-    chunk = max(1, LOGITS // len(head_VD))
-    again = torch.is_grad_enabled() and len(x_MD) > chunk
-    parts = [
-        checkpoint(_logprobs, x, head_VD, target, use_reentrant=False, preserve_rng_state=False)
-        if again
-        else _logprobs(x, head_VD, target)
-        for x, target in zip(x_MD.split(chunk), targets_M.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, keep: int) -> Tensor:
+        """(M,) float32."""
+        ctx.save_for_backward(x_MD, head_VD, targets_M)
+        ctx.rows = max(1, LOGITS[x_MD.device.type] // len(head_VD))
+        ctx.kept, parts = [], []
+        head = head_VD.to(x_MD.dtype)
+        for x, targets in zip(x_MD.split(ctx.rows), targets_M.split(ctx.rows), strict=True):
+            *chunk, logps_M = exponentials(x, head, targets)
+            parts.append(logps_M)
+            keep -= chunk[0].numel()
+            if keep >= 0:
+                ctx.kept.append(chunk)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x and of the head; the latter is summed in float32."""
+        x_MD, head_VD, targets_M = ctx.saved_tensors
+        kept, ctx.kept = iter(ctx.kept), []  # overwritten below: a second pass computes them again
+        head, head_grad = head_VD.to(x_MD.dtype), torch.zeros_like(head_VD, dtype=torch.float32)
+        x_grads = []
+        parts = (part.split(ctx.rows) for part in (x_MD, targets_M, grad_M))
+        for x, targets, grad in zip(*parts, strict=True):
+            exp_MV, sums_M1 = next(kept, None) or exponentials(x, head, targets)[:2]
+            exp_MV *= -grad[:, None] / sums_M1
+            grad_MV = exp_MV.scatter_add_(1, targets[:, None], grad[:, None]).to(x.dtype)
+            x_grads.append(grad_MV @ head)
+            if x.dtype == torch.float32:
+                head_grad.addmm_(grad_MV.T, x)
+            else:
+                head_grad += grad_MV.T @ x
+        return torch.cat(x_grads), head_grad.to(head_VD.dtype), None, None
 
 
-def _logprobs(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:
-    logits_MV = F.linear(x_MD, head_VD.to(x_MD.dtype)).float()
-    return logits_MV.gather(1, targets_M[:, None])[:, 0] - logits_MV.logsumexp(1)
+def exponentials(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> tuple[Tensor, ...]:
+    """exp(logits - their maximum) (M, V), its sums (M, 1), and the targets' log-probs (M,)."""
+    logits_MV = F.linear(x_MD, head_VD).float()
+    logits_MV -= logits_MV.amax(1, keepdim=True)
+    picked_M1 = logits_MV.gather(1, targets_M[:, None])
+    exp_MV = logits_MV.exp_()
+    sums_M1 = exp_MV.sum(1, keepdim=True)
+    return exp_MV, sums_M1, (picked_M1 - sums_M1.log())[:, 0]
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -691,10 +808,14 @@ def generate(
     logprobs: list[list[float]] = [[] for _ in prompts]
     pick = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     order = sorted((i for i in range(count) if budgets[i]), key=lambda i: len(prompts[i]))
+    on_cpu, single = model.device.type == "cpu", model.compute_dtype in (None, torch.float32)
+    if on_cpu and single and model.dtype == torch.float32 and len(order) > 1 and max(budgets) >= 32:
+        model = by_columns(model)  # costs what some ten steps gain
+    decode = partial(_decode, model, pick=pick, eos_ids=frozenset(eos_ids), scored=return_logprobs)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         asked = [(prompts[i], budgets[i], seeds[i]) for i in rows]
-        answers = _decode(model, asked, pick, frozenset(eos_ids), return_logprobs)
+        answers = decode(asked, record=None if on_cpu else record_graph)
         for i, answer in zip(rows, answers, strict=True):
             tokens[i], logprobs[i] = answer
     return (tokens, logprobs) if return_logprobs else tokens
@@ -707,9 +828,14 @@ def _decode(
     pick: Callable[..., Tensor],
     eos_ids: frozenset[int],
     scored: bool,
+    record: "Callable[..., Any] | None" = None,
 ) -> list[tuple[list[int], list[float]]]:
     """One batch of `generate`, rows of (prompt, budget, seed): all prompts in one pass, then a
-    token a row and step. Gives each row's tokens and their log-probs."""
+    token a row and step. Gives each row's tokens and their log-probs.
+
+    A row that has stopped leaves the batch. Where steps are recorded (`record`, see `Replays`), and
+    a change of shape is dear, it waits until half of the rows have.
+    """
     prompts, budgets = [row[0] for row in asked], [row[1] for row in asked]
     uniforms_BS = torch.zeros(len(asked), max(budgets), dtype=torch.float64)
     for uniforms, (_, budget, seed) in zip(uniforms_BS, asked, strict=True):
@@ -718,26 +844,32 @@ def _decode(
     tokens: list[list[int]] = [[] for _ in asked]
     scores: list[list[float]] = [[] for _ in asked]
     lengths = [len(prompt) for prompt in prompts]
-    cache = Cache(model, lengths, max(map(sum, zip(lengths, budgets, strict=True))))
-    logits_BV = model(pad(prompts, 0, model.device), cache)
+    size = max(map(sum, zip(lengths, budgets, strict=True)))
+    cache = Cache(model, lengths, size, grain=128 if record else 1)
+    decode = Replays(model, record) if record else model
+    layout = Prompts(prompts, cache)
+    logits_BV = model(layout.tokens, layout)
     rows = list(range(len(asked)))  # the prompt that each place of the batch belongs to
+    going = [True] * len(rows)
     for step in range(max(budgets)):
         picked_B = pick(logits_BV, uniforms_BS[:, step])
-        for row, token in zip(rows, picked_B.tolist(), strict=True):
-            tokens[row].append(token)
+        told: list[Any] = [(tokens, picked_B.tolist())]
         if scored:
             logprobs = logits_BV.float().log_softmax(-1).gather(1, picked_B[:, None])
-            for row, logprob in zip(rows, logprobs[:, 0].tolist(), strict=True):
-                scores[row].append(logprob)
+            told.append((scores, logprobs[:, 0].tolist()))
+        for lists, values in told:
+            for row, goes, value in zip(rows, going, values, strict=True):
+                if goes:
+                    lists[row].append(value)
         going = [tokens[i][-1] not in eos_ids and len(tokens[i]) < budgets[i] for i in rows]
-        if not all(going):
+        if not any(going):
+            break
+        if sum(going) <= len(going) // 2 or not (record or all(going)):
             kept = close_ranks(going)
-            rows = [rows[place] for place in kept]
+            rows, going = [rows[place] for place in kept], [True] * len(kept)
             picked_B, uniforms_BS = picked_B[kept], uniforms_BS[kept]
             cache.keep(kept)
-        if not rows:
-            break
-        logits_BV = model(picked_B[:, None], cache.step())
+        logits_BV = decode(picked_B[:, None], cache.step())
     return list(zip(tokens, scores, strict=True))
 
 
@@ -746,6 +878,62 @@ def close_ranks(going: list[bool]) -> list[int]:
     count = sum(going)
     movers = [place for place in range(count, len(going)) if going[place]]
     return [place if going[place] else movers.pop() for place in range(count)]
+
+
+class Replays:
+    """Decoding steps, recorded when their shape changes (rows, stored tokens read) and replayed
+    with new numbers in the recorded tensors: on a GPU one launch in place of hundreds.
+
+    `record(step)` gives a function that does what step() does, and the tensor it fills.
+    """
+
+    def __init__(self, model: Transformer, record: Callable[..., Any]) -> None:
+        self.model, self.record, self.shape = model, record, (0, 0)
+
+    def __call__(self, tokens_B1: Tensor, cache: Cache) -> Tensor:
+        """What the model gives for one more token in each row, (B, V)."""
+        now = cache.positions
+        if self.shape != (len(now), cache.width):
+            self.shape = (len(now), cache.width)
+            self.tokens, self.positions = tokens_B1.clone(), now.clone()
+            cache.positions = self.positions
+            self.replay, self.logits_BV = self.record(lambda: self.model(self.tokens, cache))
+            cache.positions = now
+        self.tokens.copy_(tokens_B1)
+        self.positions.copy_(now)
+        self.replay()
+        return self.logits_BV
+
+
+def record_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Records a step as a CUDA graph, once it has run and the libraries have set themselves up."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
+
+
+def by_columns(model: Transformer) -> Transformer:
+    """The same model, the blocks' matrices copied and stored by columns: that halves the time of
+    their products with few rows on a CPU in float32."""
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    for name, weight in weights.items():
+        if ".layers." in name and weight.dim() == 2:
+            weights[name] = weight.t().contiguous().t()
+    return with_weights(model.config, weights)
+
+
+def with_weights(config: Config, weights: Mapping[str, Tensor]) -> Transformer:
+    """A model that holds these tensors themselves as its weights."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False)
 
 
 def sample_tokens(
@@ -759,14 +947,17 @@ def sample_tokens(
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits = logits_BV.float().nan_to_num()  # an exploded model still gives some token
-    logits, ids = (logits - logits.amax(-1, keepdim=True)) / temperature, None
+    logits, ids = logits_BV.float(), None
     if 0 < top_k < logits.shape[1]:
-        least = logits.topk(top_k).values[:, -1:]
-        candidates = logits.topk(int((logits >= least).sum(-1).max()))
-        ids, order = candidates.indices.sort()
-        logits = candidates.values.gather(1, order)
+        best = logits.topk(top_k + 1)
+        least = best.values[:, top_k - 1 : top_k]
+        if (best.values[:, top_k:] == least).any():
+            best = logits.topk(int((logits >= least).sum(-1).max()))
+        ids, order = best.indices.sort()
+        logits = best.values.gather(1, order)
         logits = logits.masked_fill(logits < least, -math.inf)
+    logits = logits.nan_to_num(neginf=-math.inf)  # an exploded model still gives some token
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_p < 1:
         rising, order = logits.sort(stable=True)
         cut = rising.softmax(-1).cumsum(-1) <= 1 - top_p

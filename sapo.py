@@ -497,7 +497,11 @@ def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
 def ema_update(ema: nn.Module, policy: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * policy, matched by name, in the EMA's own type (fp32)."""
     ours, theirs = _paired(ema, policy)
-    torch._foreach_lerp_(ours, theirs, 1 - decay)
+    if ours[0].device == theirs[0].device:
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+    else:  # the EMA is in host memory, where there is no room for all of the policy too
+        for a, b in zip(ours, theirs, strict=True):
+            a.lerp_(b.to(a.device), 1 - decay)
 
 
 @torch.no_grad()

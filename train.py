@@ -130,7 +130,10 @@ of phase 2, in each round"
     generate_batch_size: int = 64  # [ours]
     "rows decoded together on a rank"
     precision: Literal["fp32", "medium", "bf16"] = "fp32"  # [ours]; [code] has bf16
-    "of the computation; weights, gradients, optimizer, EMA are fp32. medium: faster fp32 matmuls"
+    "of the computation; weights, gradients, optimizer, EMA are fp32. medium: faster fp32 matmuls, \
+whose error is printed at the start"
+    ema_offload: bool = False
+    "keep the EMA in host memory, one process: it is read once a step, to generate"
     activation_checkpointing: bool = False
     "recompute each block in the backward pass, to save memory"
     compile: bool = False
@@ -175,6 +178,7 @@ READ_BY = {  # flags that only these methods read
     **dict.fromkeys(("temperature", "top_k", "top_p"), ("sapo", "spin", "sgpo")),
     **dict.fromkeys(("generate_batch_size", "show_every"), ("sapo", "spin", "sgpo")),
     "max_new_tokens": ("spin", "sgpo"), "responses_per_prompt": ("sapo", "sgpo"),
+    "ema_offload": ("sapo",),
 }  # fmt: skip
 ASKING = {"target_model", "target_workers", "target_timeout", "target_max_tokens"}  # of a server
 ASKING |= {"target_instruction"}
@@ -340,6 +344,34 @@ def outline(folder: Path) -> Transformer:
     return model
 
 
+def local(value: Tensor) -> Tensor:
+    """This rank's share of a tensor, itself where it is not sharded."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def medium_error(device: torch.device) -> str:
+    """What --precision medium does here: the error of a product of two random matrices, as a share
+    of its norm, and its time, both against fp32."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(1024, 1024, generator=generator).to(device) for _ in range(2))
+    products, seconds = [], []
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        times = []
+        for _ in range(8):
+            began = time.perf_counter()
+            product = a @ b
+            product[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - began)
+        products.append(product)
+        seconds.append(min(times))
+    error = float((products[1] - products[0]).norm() / products[0].norm())
+    ratio = seconds[0] / seconds[1]
+    return (
+        f"precision medium: error {error:.1e} of a matrix product, {ratio:.1f} times fp32's speed"
+    )
+
+
 class Stopped(Exception):
     """SIGTERM came, and what is to be saved has been."""
 
@@ -365,14 +397,21 @@ class Ranks:
         """Whether this process writes and prints."""
         return self.rank == 0
 
-    def build(self, folder: Path, config: Config, learns: bool) -> Transformer:
-        """Loads a model in fp32, each rank its shard of it."""
+    def build(self, folder: Path, config: Config, role: str) -> Transformer:
+        """Loads the policy, the EMA or the reference, each rank its shard of it. They are fp32, but
+        for the reference's matrices: those are held as they would be rounded for each product."""
         model = outline(folder)
         model.compute_dtype = torch.bfloat16 if config.precision == "bf16" else None
         model.checkpointing = config.activation_checkpointing
+        for parameter in model.parameters():
+            if role == "reference" and parameter.dim() == 2 and model.compute_dtype:
+                parameter.data = parameter.data.to(model.compute_dtype)
+        device = "cpu" if role == "ema" and config.ema_offload else self.device
         if config.compile:
             for block in model.model["layers"].children():
-                block.compile(dynamic=True)  # shapes differ from batch to batch
+                # Shapes differ from batch to batch. What is fused rounds as what is not, or bf16
+                # differs with and without gradients, and the first loss is not ln 2.
+                block.compile(dynamic=True, options={"emulate_precision_casts": True})
         if self.world > 1:
             policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32)
             for block in model.model["layers"].children():
@@ -380,7 +419,7 @@ class Ranks:
             # By default the root stays whole until a backward pass. After a forward pass without
             # one (the EMA, the reference, an evaluation) the next update of it would be lost.
             fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
-        model.to_empty(device=self.device).requires_grad_(learns)
+        model.to_empty(device=device).requires_grad_(role == "policy")
         lm.load_weights(dict(model.named_parameters()), folder, self.place)
         return model
 
@@ -389,8 +428,7 @@ class Ranks:
         if isinstance(parameter, DTensor):
             chunks = value.chunk(self.world)
             value = chunks[self.rank] if self.rank < len(chunks) else value[:0]
-            parameter = parameter.to_local()
-        parameter.copy_(value)
+        local(parameter).copy_(value)
 
     def whole(self, value: Tensor) -> Tensor:
         """The whole of a sharded tensor, on every rank (collective)."""
@@ -414,31 +452,21 @@ class Ranks:
 
     @contextlib.contextmanager
     def decoder(self, model: Transformer) -> Iterator[Transformer]:
-        """The model with all weights at hand in its compute type: ranks stop at different times,
-        so that decoding must not wait for others. Nothing is compiled for decoding's shapes."""
-        with torch.compiler.set_stance("force_eager"), self.gathered(model) as ready:
-            yield ready
+        """The model, for decoding, in whose shapes nothing is compiled."""
+        with torch.compiler.set_stance("force_eager"):
+            yield self.snapshot(model)
 
-    @contextlib.contextmanager
-    def gathered(self, model: Transformer) -> Iterator[Transformer]:
-        """The model, or a copy, that computes without other ranks."""
-        if isinstance(model, FSDPModule):
-            shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
-            model.set_reshard_after_forward(False)
-            for shard in shards:
-                shard.unshard()
-            yield model
-            for shard in shards:
-                shard.reshard()
-            model.set_reshard_after_forward(True)
-        elif model.compute_dtype not in (None, model.dtype):
-            with torch.device("meta"):
-                twin = Transformer(model.config)
-            weights = {n: p.detach().to(model.compute_dtype) for n, p in model.named_parameters()}
-            twin.load_state_dict(weights, assign=True)
-            yield twin
-        else:
-            yield model
+    def snapshot(self, model: Transformer) -> Transformer:
+        """The model in its compute type with all weights at hand: ranks stop decoding at different
+        times, and must not wait for each other."""
+        dtype = model.compute_dtype or model.dtype
+        if self.world == 1 and dtype == model.dtype and self.device == model.device:
+            return model
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        cast = {name: torch.empty_like(weight, dtype=dtype) for name, weight in weights.items()}
+        torch._foreach_copy_([*map(local, cast.values())], [*map(local, weights.values())])
+        whole = {name: self.whole(weight).to(self.device) for name, weight in cast.items()}
+        return lm.with_weights(model.config, whole)
 
     def share_rows(self, mine: dict[int, list[int]], count: int) -> list[list[int]]:
         """Every rank's rows of tokens, by index, on every rank. No pickle: padded integers."""
@@ -513,13 +541,13 @@ class Trainer:
         self.reference_version = 0
         self.bad_steps = self.skipped = 0  # updates left out: in a row, and in all
         self.nll_weight = 1.0 if config.loss in (None, "orpo") else config.nll_weight
-        self.policy = ranks.build(job.start, config, learns=True)
+        self.policy = ranks.build(job.start, config, "policy")
         self.optimizer = self.make_optimizer()  # at once: after a forward it may hold stale objects
         self.models = {"policy": self.policy}
         if config.method == "sapo":
-            self.models["ema"] = ranks.build(job.start, config, learns=False)
+            self.models["ema"] = ranks.build(job.start, config, "ema")
         if config.method == "spin" or config.loss not in (None, "orpo"):
-            self.models["reference"] = ranks.build(job.start, config, learns=False)
+            self.models["reference"] = ranks.build(job.start, config, "reference")
         self.take(job.rows)
 
     def take(self, rows: list[Pair]) -> None:
@@ -531,8 +559,12 @@ class Trainer:
         self.source = self.make_source(self.config.ref_update_every or epoch)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """RMSprop or AdamW, one multi-tensor pass a step."""
-        c, parameters = self.config, list(self.policy.parameters())
+        """RMSprop or AdamW, a multi-tensor pass for each block: its temporaries are then small."""
+        c, blocks = self.config, [*self.policy.model["layers"].children()]
+        inner = {p for block in blocks for p in block.parameters()}
+        others = [p for p in self.policy.parameters() if p not in inner]
+        parameters = [{"params": [*block.parameters()]} for block in blocks]
+        parameters.append({"params": others})
         settings: dict[str, Any] = {"lr": c.lr, "weight_decay": c.weight_decay, "foreach": True}
         if c.optimizer == "rmsprop":
             return torch.optim.RMSprop(parameters, **settings)
@@ -644,8 +676,7 @@ class Trainer:
 
     def norm(self, model: Transformer) -> float:
         """The root of the sum of all squared weights, summed in float64 (collective)."""
-        shards = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
-        squares = sum(p.detach().double().square().sum() for p in shards)
+        squares = sum(local(p).detach().double().square().sum() for p in model.parameters())
         return math.sqrt(float(self.ranks.sum(torch.as_tensor(squares))))
 
     def stretch(self, t: int) -> tuple[int, int, int]:
@@ -1213,7 +1244,13 @@ def run(config: Config, ranks: Ranks) -> None:
     out, on_tasks = Path(config.out), config.data is None
     if config.improver is not None and config.preference_data:
         on_tasks = False
-    torch.set_float32_matmul_precision("medium" if config.precision == "medium" else "highest")
+    if config.ema_offload and ranks.world > 1:
+        raise InputError("--ema-offload is for one process; over several the EMA is sharded")
+    torch.set_float32_matmul_precision("highest")
+    if config.precision == "medium":
+        told = medium_error(ranks.device)  # and sets it
+        if ranks.first:
+            print(told, flush=True)
     if config.resume and (out / "final").exists():
         print(f"{out} holds a finished run: nothing to resume")
         return

@@ -4,6 +4,9 @@ import json
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from conftest import TINY, VARIANTS, tiny
 from safetensors.torch import load_file, save_file
 
 import model as lm
-from model import Config, InputError, Transformer, generate, pair_logprobs
+from model import Config, InputError, Transformer, generate, pair_logprobs, sample_tokens
 
 KINDS = list(VARIANTS)
 
@@ -249,14 +252,60 @@ def test_a_row_that_has_stopped_costs_nothing(monkeypatch: pytest.MonkeyPatch) -
     forward = Transformer.forward
 
     def spy(self: Transformer, tokens: torch.Tensor, layout: Any = None) -> torch.Tensor:
-        rows.append(len(tokens))
+        rows.append(tokens.numel())
         return forward(self, tokens, layout)
 
     monkeypatch.setattr(Transformer, "forward", spy)
-    budgets = [9, 1, 4, 12, 4, 2]
-    answers = generate(ours, random_prompts([3, 14, 8, 8, 2, 5]), budgets, seed=5)
+    budgets, lengths = [9, 1, 4, 12, 4, 2], [3, 14, 8, 8, 2, 5]
+    answers = generate(ours, random_prompts(lengths), budgets, seed=5)
     assert [len(answer) for answer in answers] == budgets
-    assert rows == [sum(budget > step for budget in budgets) for step in range(12)]
+    assert rows[0] == sum(lengths)  # and padding costs nothing
+    assert rows[1:] == [sum(budget > step for budget in budgets) for step in range(1, 12)]
+
+
+def run_again(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    """Does on a CPU what a CUDA graph does: the same step on the same tensors, whose shapes and
+    places in memory are those of the recording."""
+    result = step()
+    return lambda: result.copy_(step()), result
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa-tied", "mistral-window"])
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_replayed_steps_give_the_tokens_of_plain_ones(kind: str, temperature: float) -> None:
+    ours, recorded = ours_from(tiny(kind)), []
+
+    def record(step: Callable[[], torch.Tensor]) -> Any:
+        recorded.append(step)
+        return run_again(step)
+
+    budgets = [20, 1, 130, 12, 140, 2, 60, 150]
+    prompts = random_prompts([3, 14, 8, 8, 2, 5, 100, 90])
+    asked = list(zip(prompts, budgets, range(8), strict=True))
+    pick = partial(sample_tokens, temperature=temperature, top_k=0, top_p=0.95)
+    eos_ids = frozenset(range(40, 44)) if temperature else frozenset()
+    plain = lm._decode(ours, asked, pick, eos_ids, True)
+    replayed = lm._decode(ours, asked, pick, eos_ids, True, record)
+    assert [row[0] for row in replayed] == [row[0] for row in plain]
+    for (_, got), (_, want) in zip(replayed, plain, strict=True):
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(want), atol=1e-4, rtol=1e-5)
+    # 8 rows, then at most 4, 2, 1; up to 128 stored tokens, up to 240 and 256.
+    assert 2 <= len(recorded) <= 6
+
+
+def test_weights_by_columns_give_the_same_tokens_and_leave_the_model_alone() -> None:
+    ours = ours_from(tiny("qwen2-window"))
+    before = {name: p.stride() for name, p in ours.named_parameters()}
+    copy = lm.by_columns(ours)
+    prompts = random_prompts([3, 14, 8, 8, 2, 5])
+    alone = [generate(ours, [prompt], 40, seed=[i])[0] for i, prompt in enumerate(prompts)]
+    assert generate(ours, prompts, 40, seed=list(range(6))) == alone  # the latter by rows
+    assert {name: p.stride() for name, p in ours.named_parameters()} == before
+    for (name, a), b in zip(ours.named_parameters(), copy.parameters(), strict=True):
+        assert torch.equal(a, b)
+        by_columns = ".layers." in name and a.dim() == 2
+        assert b.stride() == ((1, len(a)) if by_columns else a.stride())
+        assert by_columns or a.data_ptr() == b.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -376,6 +425,87 @@ def test_checkpointing_changes_no_gradient(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def varlen_by_hand(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_ends: Any, k_ends: Any, *most: int,
+    window_size: tuple[int, int],
+) -> torch.Tensor:  # fmt: skip
+    """What torch documents of `varlen_attn`, which has no CPU kernel: sequences of (T, H, E), each
+    query seeing as many keys to the left and right of its own place, counted from the end."""
+    q_ends, k_ends = q_ends.tolist(), k_ends.tolist()
+    assert most == tuple(max(b - a for a, b in pairwise(ends)) for ends in (q_ends, k_ends))
+    parts = []
+    for (a, b), (c, d) in zip(pairwise(q_ends), pairwise(k_ends), strict=True):
+        shift = torch.arange(d - c) - (torch.arange(b - a)[:, None] + (d - c) - (b - a))
+        seen = (shift <= window_size[1]) & ((shift >= -window_size[0]) | (window_size[0] < 0))
+        scores = torch.einsum("qhe,khe->hqk", q[a:b], k[c:d]) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        parts.append(torch.einsum("hqk,khe->qhe", weights, v[c:d]))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa-untied", "mistral-window", "qwen2-window"])
+def test_one_kernel_for_all_sequences_computes_the_same(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls that CUDA gets, made to a stand-in by hand."""
+    ours = ours_from(tiny(kind))
+    chosen, rejected, *_ = pair_logprobs(ours, PAIRS)
+    (chosen - rejected).square().sum().backward()
+    want = [parameter.grad.clone() for parameter in ours.parameters()]
+    monkeypatch.setattr(lm, "has_kernel", lambda device, dtype: True)
+    monkeypatch.setattr(lm, "varlen_attn", varlen_by_hand)
+    ours.zero_grad()
+    got = pair_logprobs(ours, PAIRS)
+    (got[0] - got[1]).square().sum().backward()
+    torch.testing.assert_close(got[0], chosen, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(got[1], rejected, atol=1e-4, rtol=1e-5)
+    for parameter, gradient in zip(ours.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-3, rtol=1e-3)
+
+
+def test_the_call_to_the_kernel_is_one_that_torch_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes, types and keywords, against the operator's own description, without a GPU."""
+    monkeypatch.setattr(lm, "has_kernel", lambda device, dtype: True)
+    layout = lm.Packed([5, 3, 7], [0, 2, 0], torch.device("meta"))
+    layout.prepare([4], torch.bfloat16)
+    made = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
+    q, k = (torch.empty(1, 15, heads, 8, **made).transpose(1, 2) for heads in (4, 2))
+    assert layout.most == (7, 7)
+    out = layout.attend(q, k, k, 0, 4)
+    assert out.shape == q.shape and out.requires_grad
+
+
+@pytest.mark.parametrize("kept", [0, 97 * 200, 2**26])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_in_chunks_and_their_gradients_are_those_of_the_whole(
+    kept: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm, "LOGITS", {"cpu": 97 * 128})
+    monkeypatch.setattr(lm, "KEPT", kept)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 16, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(97, 16, generator=generator).requires_grad_()
+    targets = torch.randint(97, (300,), generator=generator)
+    weights = torch.randn(300, generator=generator)
+
+    def whole() -> torch.Tensor:
+        logits = F.linear(x, head.to(dtype)).float()
+        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    want = whole()
+    want_x, want_head = torch.autograd.grad((want * weights).sum(), (x, head))
+    got = lm.token_logprobs(x, head, targets)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    near = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.02}
+    for _ in range(2):  # the second time nothing that was kept is left
+        loss = (got * weights).sum()
+        got_x, got_head = torch.autograd.grad(loss, (x, head), retain_graph=True)
+        assert got_x.dtype == dtype and got_head.dtype == torch.float32
+        torch.testing.assert_close(got_x, want_x, **near)
+        torch.testing.assert_close(got_head, want_head, **near)
+    assert lm.token_logprobs(x[:0], head, targets[:0]).shape == (0,)
+
+
 def test_the_head_runs_at_response_positions_alone_a_chunk_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -388,28 +518,16 @@ def test_the_head_runs_at_response_positions_alone_a_chunk_at_a_time(
         return linear(x, weight, bias)
 
     monkeypatch.setattr(F, "linear", spy)
-    monkeypatch.setattr(lm, "LOGITS", 97 * 128)
+    monkeypatch.setattr(lm, "LOGITS", {"cpu": 97 * 128})
     long = [([1] * 50, [2] * 300, [3] * 300), ([1] * 400, [2] * 9, [2] * 9)]
     with torch.no_grad():
         pair_logprobs(ours, long)
     assert max(heads) <= 128 and sum(heads) == 300 + 300 + 9
-
-
-def test_where_logits_are_many_none_wait_for_the_backward_pass(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ours, kept = ours_from(tiny("llama")), []
-    monkeypatch.setattr(lm, "LOGITS", 97 * 128)
-
-    def spy(saved: torch.Tensor) -> torch.Tensor:
-        kept.append(saved.shape)
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(spy, lambda saved: saved):
-        chosen = pair_logprobs(ours, [([1], [2] * 600, [3] * 5)])[0]
-    chosen.sum().backward()
-    assert kept and not any(shape[-1:] == (97,) for shape in kept)
-    assert ours.lm_head.weight.grad is not None
+    for keep, again in ((2**26, 0), (97 * 256, 609 - 256), (0, 609)):
+        monkeypatch.setattr(lm, "KEPT", keep)
+        heads.clear()
+        pair_logprobs(ours, long)[0].sum().backward()
+        assert sum(heads) == 609 + again
 
 
 # ------------------------------------------------------------------------------ reading and writing

@@ -9,6 +9,7 @@ import torch
 import transformers
 import trl
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -142,10 +143,14 @@ def orpo_batch(batch: list[Pair]) -> dict[str, Tensor]:
     made = {}
     for side in ("chosen", "rejected"):
         rows = [(pair.prompt, getattr(pair, side)) for pair in batch]
-        cpu = torch.device("cpu")
-        made[f"{side}_input_ids"] = lm.pad([p + r for p, r in rows], 0, cpu)
-        made[f"{side}_attention_mask"] = lm.pad([[1] * len(p + r) for p, r in rows], 0, cpu)
-        made[f"{side}_labels"] = lm.pad([[-100] * len(p) + r for p, r in rows], -100, cpu)
+        columns = {
+            "input_ids": ([p + r for p, r in rows], 0),
+            "attention_mask": ([[1] * len(p + r) for p, r in rows], 0),
+            "labels": ([[-100] * len(p) + r for p, r in rows], -100),
+        }
+        for key, (values, filler) in columns.items():
+            tensors = [torch.tensor(value) for value in values]
+            made[f"{side}_{key}"] = pad_sequence(tensors, True, filler)
     return made
 
 
