@@ -52,7 +52,7 @@ def check_spreads(table: Sequence[dict[str, str]]) -> None:
 def test_step_agrees_with_the_loop_and_trl_and_prints_its_table(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    script("step").main(["--quick", "--reps", "2", "--device", "cpu", "--all"])
+    script("step").main(["--quick", "--reps", "1", "--device", "cpu", "--all"])
     text = capsys.readouterr().out
     assert "losses agree" in text
     losses = [line.split() for line in text.splitlines() if line.startswith("loss ")]

@@ -11,7 +11,7 @@ import transformers
 from shapes import Pair
 from torch.nn.utils.rnn import pad_sequence
 
-BETA, LR, CLIP = 0.1, 1e-5, 1.0
+BETA, CLIP = 0.1, 1.0
 SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
 
 
@@ -29,13 +29,13 @@ def autocast(device: str, precision: str) -> Any:
 class Loop:
     """The plain loop that many begin with."""
 
-    def __init__(self, folder: Path, device: str, large: bool) -> None:
+    def __init__(self, folder: Path, device: str, large: bool, lr: float) -> None:
         self.device, self.known = device, {}
         self.policy = load(folder, device).train()
         self.reference = self.policy if large else load(folder, device)
         if large:
             self.policy.gradient_checkpointing_enable()
-        self.optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=LR)
+        self.optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=lr)
 
     def logps(self, model: Any, pairs: Sequence[Pair]) -> torch.Tensor:
         """(2, N): summed log-probs of the chosen and of the rejected responses."""
@@ -70,7 +70,7 @@ class Loop:
 class TRL:
     """TRL's trainer, a step at a time."""
 
-    def __init__(self, folder: Path, device: str, large: bool) -> None:
+    def __init__(self, folder: Path, device: str, large: bool, lr: float) -> None:
         import datasets
         import trl
 
@@ -89,7 +89,7 @@ class TRL:
                 args=config,
                 train_dataset=datasets.Dataset.from_list(words),
                 processing_class=transformers.AutoTokenizer.from_pretrained(folder),
-                optimizers=(torch.optim.RMSprop(model.parameters(), lr=LR), None),
+                optimizers=(torch.optim.RMSprop(model.parameters(), lr=lr), None),
             )
         self.trainer.current_gradient_accumulation_steps = 1  # as `train` sets it
 

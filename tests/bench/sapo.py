@@ -35,7 +35,7 @@ from typing import Any
 import clock
 import shapes
 import torch
-from peers import LR, Loop, Theirs
+from peers import Loop, Theirs
 
 import sapo
 from data import Pair
@@ -55,7 +55,7 @@ class Ours:
 
     def __init__(self, args: Any, folder: Path, setup: Setup, precision: str, more: Any) -> None:
         shape, batch = setup["shape"], setup["batch"]
-        flags = ["--method", "sapo", "--steps", 10**6, "--lr", LR, "--batch-size", batch]
+        flags = ["--method", "sapo", "--steps", 10**6, "--lr", shape.lr, "--batch-size", batch]
         flags += ["--micro-batch-size", min(batch, 8), "--segment-length", setup["segment"]]
         flags += ["--segment-rule", "uniform", "--max-length", shape.prompt + shape.response]
         flags += ["--precision", precision, "--ref-update-every", 1000]
@@ -79,7 +79,7 @@ class Plain:
 
     def __init__(self, args: Any, folder: Path, setup: Setup, precision: str, more: Any) -> None:
         self.setup, self.precision, self.t = setup, precision, 0
-        self.loop = Loop(folder, args.device, large=False)
+        self.loop = Loop(folder, args.device, False, setup["shape"].lr)
         self.generator = Theirs(folder, args.device, precision)
         self.ema = self.generator.model  # fp32, or a copy beside the one in bf16
         if precision == "bf16":

@@ -38,6 +38,7 @@ class Shape:
     prompt: int = 256
     response: int = 256
     shared: int = 128  # by the last pair; the first shares 0, those between lie between
+    lr: float = 1e-7  # at which one update moves the loss, and does not end it
 
     @property
     def body(self) -> int:
@@ -68,13 +69,13 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(32, 2, 4, 2, 64, 300, 2, 8, 8, 4),
+    "tiny": Shape(32, 2, 4, 2, 64, 300, 2, 8, 8, 4, 1e-5),
     "small": Shape(384, 8, 6, 2, 1024, 32_000),
     "wide": Shape(256, 4, 4, 2, 688, 128_256),
     "smollm2": Shape(576, 30, 9, 3, 1536, 49_152),  # the real model, of tests/smollm2.py
-    "llama1b": Shape(2048, 16, 32, 8, 8192, 128_256, 8),
-    "llama3b": Shape(3072, 28, 24, 8, 8192, 128_256, 8),
-    "llama8b": Shape(4096, 32, 32, 8, 14336, 128_256, 8),
+    "llama1b": Shape(2048, 16, 32, 8, 8192, 128_256, 8, lr=1e-8),
+    "llama3b": Shape(3072, 28, 24, 8, 8192, 128_256, 8, lr=1e-8),
+    "llama8b": Shape(4096, 32, 32, 8, 14336, 128_256, 8, lr=1e-8),
 }
 
 

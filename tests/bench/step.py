@@ -38,7 +38,7 @@ from typing import Any
 import clock
 import shapes
 import torch
-from peers import BETA, CLIP, LR, TRL, Loop
+from peers import BETA, CLIP, TRL, Loop
 
 import sapo
 from data import Pair
@@ -58,9 +58,11 @@ class Given(sapo.Static):
 class Ours:
     """The product's trainer, a step at a time."""
 
-    def __init__(self, folder: Path, device: str, large: bool, precision: str, more: Any) -> None:
+    def __init__(
+        self, folder: Path, device: str, large: bool, lr: float, precision: str, more: Any
+    ) -> None:
         ranks = shapes.Machine(device, one=large)
-        flags = ["--method", "dpo", "--steps", 10**6, "--lr", LR, "--beta", BETA]
+        flags = ["--method", "dpo", "--steps", 10**6, "--lr", lr, "--beta", BETA]
         flags += ["--max-grad-norm", CLIP, "--precision", precision, "--micro-batch-size", 8]
         flags += ["--activation-checkpointing"] * large
         self.trainer, self.t = shapes.trainer(folder, [Pair([1], [2], [3])], ranks, flags + more), 0
@@ -99,7 +101,7 @@ class Bench:
         """The side of a row. The rows of a side share it where they can."""
         key = (side, precision) if side == "ours" else (side,)
         if key not in self.built:
-            common = (self.folder, self.args.device, self.shape.large)
+            common = (self.folder, self.args.device, self.shape.large, self.shape.lr)
             if side == "ours":
                 made: Any = Ours(*common, precision, self.flags)
             else:
@@ -151,6 +153,7 @@ class Bench:
     def check(self) -> None:
         """The losses of two steps on the same pairs. Raises where fp32 does not agree."""
         base = next(v for k, v in self.losses.items() if k[0] == "loop")
+        assert 0.01 < base[1] < 0.693, "an update that says something"
         for (side, precision), loss in self.losses.items():
             off = max(abs(loss[0] - math.log(2)), abs(loss[1] - base[1]))
             print(f"loss {side} {precision}: {loss[0]:.6f} {loss[1]:.6f}, off {off:.1e}")
