@@ -1,0 +1,114 @@
+"""The benchmarks run, at a size that says nothing of speed: their tables, and what they check."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from helpers import ROOT
+
+BENCH = ROOT / "tests" / "bench"
+
+
+@pytest.fixture(autouse=True)
+def bench_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when one of them is the script; last, as their sapo.py is not the product's."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCH)])
+
+
+def script(name: str) -> Any:
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The Markdown tables of a text: rows by the names of their columns."""
+    found = []
+    for block in text.split("\n\n"):
+        lines = [x.strip("|").split("|") for x in block.splitlines() if x.startswith("|")]
+        if lines:
+            head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+            found.append([dict(zip(head, row, strict=True)) for row in rows])
+    return found
+
+
+def check_spreads(table: Sequence[dict[str, str]]) -> None:
+    """median (minimum to maximum), in this order of size, and 1 for a row against itself."""
+    for row in table:
+        for name, cell in row.items():
+            if " to " in cell:
+                middle, low, high = (float(x.strip("()")) for x in cell.replace("to", "").split())
+                assert 0 <= low <= middle <= high, (name, cell)
+    first = list(table[0].values())
+    assert first[1] == "1.00 (1.00 to 1.00)"
+
+
+def test_step_agrees_with_the_loop_and_trl_and_prints_its_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script("step").main(["--quick", "--reps", "1", "--device", "cpu", "--all"])
+    text = capsys.readouterr().out
+    assert "losses agree" in text
+    losses = [line.split() for line in text.splitlines() if line.startswith("loss ")]
+    assert [line[1:3] for line in losses] == [
+        ["loop", "fp32:"], ["TRL", "fp32:"], ["ours", "fp32:"], ["ours", "medium:"],
+        ["ours", "bf16:"],
+    ]  # fmt: skip
+    assert all(line[3] == "0.693147" and float(line[4].strip(",")) < 0.69 for line in losses)
+    (table,) = tables(text)
+    check_spreads(table)
+    names = [f"{s} {p} {k}" for p in ("fp32", "medium", "bf16") for k in ("fresh", "kept")
+             for s in ("loop", "TRL", "ours")]  # fmt: skip
+    assert [row["row"] for row in table] == names
+
+
+def test_step_refuses_to_time_what_computes_something_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = script("step")
+    monkeypatch.setattr(step, "BETA", 0.2)  # ours; the peers have their own
+    with pytest.raises(SystemExit, match="ours computes something else"):
+        step.main(["--quick", "--reps", "1", "--device", "cpu", "--precision", "fp32"])
+
+
+def test_a_row_alone_reports_its_peak_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, row in (
+        ("step", "tiny ours fp32 fresh"),
+        ("generate", "tiny 8 ours fp32 even"),
+        ("sapo", "tiny plain fp32"),
+    ):
+        script(name).main(["--quick", "--reps", "1", "--device", "cpu", "--only", row])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["peak"] >= 0
+
+
+def test_generate_agrees_with_transformers_and_prints_its_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script("generate").main(["--quick", "--reps", "1", "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "greedy tokens agree" in text
+    (table,) = tables(text)
+    check_spreads(table)
+    assert [row["row"] for row in table][:4] == [
+        "transformers fp32 even", "ours fp32 even", "transformers fp32 uneven", "ours fp32 uneven",
+    ]  # fmt: skip
+    assert len(table) == 12
+
+
+def test_sapo_prints_its_phases_and_how_they_grow(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--quick", "--reps", "1", "--device", "cpu", "--precision", "fp32", "bf16"]
+    script("sapo").main(flags)
+    whole, *growth = tables(capsys.readouterr().out)
+    for table in (whole, *growth):
+        check_spreads(table)
+    assert [row["row"] for row in whole] == ["plain fp32", "ours fp32", "plain bf16", "ours bf16"]
+    assert all(float(whole[1][name]) > 0 for name in ("generate", "policy", "optimizer"))
+    assert [next(iter(table[0])) for table in growth] == [
+        "segment length", "batch", "vocabulary", "number of layers", "hidden size",
+    ]  # fmt: skip
