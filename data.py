@@ -189,6 +189,39 @@ def _conversation(row: Any, where: str) -> list[dict[str, str]]:
     return turns
 
 
+QUESTION_KEYS: dict[str, dict[str, type]] = {  # of a row, by benchmark; the last is what is asked
+    "alpaca_eval": {"instruction": str},  # AlpacaEval's alpaca_eval.json
+    "arena_hard": {"uid": str, "prompt": str},  # Arena-Hard 2.0's question.jsonl
+    "mt_bench": {"question_id": int, "category": str, "turns": list},  # FastChat's question.jsonl
+}
+
+
+class Question(NamedTuple):
+    """A conversation to be answered, what the user says after each answer, and the file's row."""
+
+    messages: list[dict[str, str]]
+    later: list[str]
+    row: dict[str, Any]
+
+
+def load_questions(path: str | Path, benchmark: str) -> list[Question]:
+    """A benchmark's questions from its own file. Raises InputError naming file and line."""
+    questions = []
+    for where, row in _rows(Path(path)):
+        for key, kind in QUESTION_KEYS[benchmark].items():
+            if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+                name = {str: "text", int: "a number", list: "a list of texts"}[kind]
+                raise InputError(f"{where}: a question of {benchmark} has {name} as {key!r}")
+        said = [row[key]] if isinstance(row[key], str) else row[key]
+        if not said or not all(isinstance(text, str) and text.strip() for text in said):
+            raise InputError(f"{where}: {key!r} should hold what the user says, and is empty")
+        first, *later = map(whole_text, said)
+        questions.append(Question([{"role": "user", "content": first}], later, row))
+    if not questions:
+        raise InputError(f"no rows in {path}: give at least one")
+    return questions
+
+
 def load_asks(paths: Sequence[str | Path]) -> list[Example]:
     """Rows of prompts with or without responses, which are "" where there is none."""
     examples = []

@@ -3,12 +3,14 @@ curves, its pairs in colour, its first steps number by number.
 
     python sample.py --model OUT/final --prompt "Why is the sky blue?"
     python sample.py --model OUT/final --prompts questions.jsonl --out answers.jsonl
+    python sample.py --model OUT/final --prompts question.jsonl --out NAME.jsonl --format mt_bench
     python sample.py --model OUT/final --prompt "Why is the sky blue?" --improve 3
 
 `--prompts` reads JSON or JSONL rows with `prompt` (text, or messages up to a user's turn) or
 `messages`; the last assistant turn of those, if there is one, is left out. The output holds a row
 {"prompt", "response"} for each, in the same order; with `--improve N` the response is the last of N
-improvements, and "drafts" has what came before.
+improvements, and "drafts" has what came before. `--format` reads a benchmark's own questions and
+writes the file that its judge reads.
 """
 
 import argparse
@@ -19,7 +21,9 @@ import inspect
 import itertools
 import json
 import sys
+import time
 import typing
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +40,10 @@ from model import InputError, Transformer, generate, hash_seed, open_safetensors
 from sapo import SegmentPair, pack
 
 IMPROVER_FILE = "improver_prompt.json"  # in a model's folder: how it was asked to improve answers
+MT_BENCH = {  # temperatures by category: lm-sys/FastChat, fastchat/llm_judge/common.py
+    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
+    "reasoning": 0.0, "stem": 0.1, "humanities": 0.1,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -107,13 +115,16 @@ class Flags:
     prompts: str | None = None
     "a JSON or JSONL file of prompts"
     out: str | None = None
-    "a file for the answers to --prompts; default: the screen"
+    "a file for the answers to --prompts; default: the screen. A benchmark calls the model by the \
+file's name"
+    format: Literal["jsonl", "alpaca_eval", "arena_hard", "mt_bench"] = "jsonl"
+    "of --prompts and --out: rows as above, or a benchmark's own questions and answers"
     chat_template: Literal["chatml", "zephyr", "llama3"] | None = None
     "a chat template by name, for a model that has none of its own"
     max_new_tokens: int = 512
     "tokens of an answer, at most"
-    temperature: float = 0.7
-    "0 is greedy"
+    temperature: float | None = None
+    "0 is greedy; default: 0.7, and for mt_bench FastChat's of each category"
     top_k: int = 50
     "sample among so many tokens; 0: all"
     top_p: float = 0.95
@@ -149,11 +160,17 @@ def parse_args(argv: Sequence[str]) -> Flags:
             raise InputError("--improver-instruction holds no {answer}")
     if flags.out is not None and flags.prompts is None:
         raise InputError("--out goes with --prompts")
+    if flags.format != "jsonl":
+        suffix = ".json" if flags.format == "alpaca_eval" else ".jsonl"
+        if flags.prompts is None or Path(flags.out or "").suffix != suffix:
+            told = f"--prompts FILE and --out NAME{suffix}"
+            raise InputError(f"--format {flags.format} goes with {told}, NAME being the model's")
     for name, low, high in (
         ("max_new_tokens", 1, 10**6), ("temperature", 0, 1e6), ("top_k", 0, 10**9),
         ("top_p", 1e-9, 1), ("seed", 0, 2**62), ("batch_size", 1, 10**6), ("improve", 0, 1000),
     ):  # fmt: skip
-        check_range(name, getattr(flags, name), low, high)
+        if getattr(flags, name) is not None:
+            check_range(name, getattr(flags, name), low, high)
     return flags
 
 
@@ -161,11 +178,12 @@ def answer(flags: Flags) -> None:
     """Reads the prompts, samples, prints or writes."""
     folder = flags.model or ""
     tokenizer = data.load_tokenizer(folder, flags.chat_template)
-    conversations = [[{"role": "user", "content": flags.prompt or ""}]]
-    if flags.prompts is not None:
-        conversations = data.load_prompts(flags.prompts)
-    prompts = [tokenizer.apply_chat_template(turns, True) for turns in conversations]
-    if not all(prompts):
+    questions = [data.Question([{"role": "user", "content": flags.prompt or ""}], [], {})]
+    if flags.prompts is not None and flags.format == "jsonl":
+        questions = [data.Question(turns, [], {}) for turns in data.load_prompts(flags.prompts)]
+    elif flags.prompts is not None:
+        questions = data.load_questions(flags.prompts, flags.format)
+    if not all(tokenizer.apply_chat_template(one.messages, True) for one in questions):
         raise InputError(f"{folder}: the chat template makes an empty prompt")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
@@ -179,18 +197,80 @@ def answer(flags: Flags) -> None:
             file = stack.enter_context(partial.open("w", encoding="utf-8", errors="replace"))
         model = Transformer.from_pretrained(folder, dtype, device)
         check_vocabulary(tokenizer, model, folder)
-        answers = sample_answers(model, tokenizer, flags, conversations)
-        for turns, texts in zip(conversations, zip(*answers, strict=True), strict=True):
-            prompt = turns[0]["content"] if len(turns) == 1 else turns
-            row = {"prompt": prompt, "response": texts[-1]}
-            if flags.improve:
-                row["drafts"] = list(texts[:-1])
-            shown = f"\n\n{'-' * 20}\n\n".join(texts)
-            line = json.dumps(row, ensure_ascii=False)
-            print(line if flags.prompts is not None else shown, file=file)
+        answers = converse(model, tokenizer, flags, questions)
+        if flags.prompts is None:
+            print(f"\n\n{'-' * 20}\n\n".join(answers[0][0]))
+        else:
+            made = [file_row(flags, *both) for both in zip(questions, answers, strict=True)]
+            lines = [json.dumps(row, ensure_ascii=False) for row in made]
+            whole = flags.format == "alpaca_eval"  # one JSON list
+            print("[\n" + ",\n".join(lines) + "\n]" if whole else "\n".join(lines), file=file)
         if flags.out is not None:
             file.flush()
             partial.rename(flags.out)
+
+
+def file_row(flags: Flags, question: data.Question, answers: list[list[str]]) -> dict[str, Any]:
+    """The row of --out for a question and its answers: for each turn the drafts, the last of them
+    the answer. The keys are those that the benchmarks' own programs write:
+
+    alpaca_eval: tatsu-lab/alpaca_eval, src/alpaca_eval/main.py, `evaluate_from_model`.
+    arena_hard: lmarena/arena-hard-auto, 2.0, gen_answer.py; without "metadata", which its
+        utils/add_markdown_info.py adds for the style control.
+    mt_bench: lm-sys/FastChat, fastchat/llm_judge/gen_model_answer.py.
+    """
+    name, row, last = Path(flags.out or "").stem, question.row, [texts[-1] for texts in answers]
+    if flags.format == "alpaca_eval":
+        kept = {key: row[key] for key in ("dataset", "datasplit") if key in row}
+        return kept | {"instruction": row["instruction"], "output": last[0], "generator": name}
+    if flags.format == "arena_hard":
+        said = [*question.messages, {"role": "assistant", "content": {"answer": last[0]}}]
+        made = {"uid": row["uid"], "ans_id": f"{hash_seed(flags.seed, name, row['uid']):016x}"}
+        return made | {"model": name, "messages": said, "tstamp": time.time()}
+    if flags.format == "mt_bench":
+        number, choices = row["question_id"], [{"index": 0, "turns": last}]
+        made = {"question_id": number, "answer_id": f"{hash_seed(flags.seed, name, number):016x}"}
+        return made | {"model_id": name, "choices": choices, "tstamp": time.time()}
+    turns = question.messages
+    made = {"prompt": turns[0]["content"] if len(turns) == 1 else turns, "response": last[0]}
+    return made | ({"drafts": answers[0][:-1]} if flags.improve else {})
+
+
+def converse(
+    model: Transformer,
+    tokenizer: data.Tokenizer,
+    flags: Flags,
+    questions: Sequence[data.Question],
+) -> list[list[list[str]]]:
+    """For each question and each of its turns: the answer's drafts and, last, the answer.
+
+    A later turn is asked with the answers before it in the conversation. Benchmarks get answers
+    without the space around them, as their own programs have it.
+    """
+    talks = [list(question.messages) for question in questions]
+    answers: list[list[list[str]]] = [[] for _ in questions]
+    for turn in range(1 + max(len(question.later) for question in questions)):
+        alike = defaultdict[float, list[int]](list)  # questions by temperature
+        for i, question in enumerate(questions):
+            if turn <= len(question.later):
+                alike[temperature_for(question, flags)].append(i)
+        seed = hash_seed(flags.seed, "turn", turn) if turn else flags.seed
+        for temperature, places in alike.items():
+            asked = [talks[i] for i in places]
+            drafts = sample_answers(model, tokenizer, flags, asked, temperature, seed)
+            for i, texts in zip(places, zip(*drafts, strict=True), strict=True):
+                answers[i].append([t if flags.format == "jsonl" else t.strip() for t in texts])
+                talks[i].append({"role": "assistant", "content": answers[i][-1][-1]})
+                said = questions[i].later[turn : turn + 1]
+                talks[i] += [{"role": "user", "content": text} for text in said]
+    return answers
+
+
+def temperature_for(question: data.Question, flags: Flags) -> float:
+    """The one given; else 0.7, and for MT-bench that of the question's category."""
+    if flags.temperature is not None:
+        return flags.temperature
+    return MT_BENCH.get(question.row["category"], 0.7) if flags.format == "mt_bench" else 0.7
 
 
 def sample_answers(
@@ -198,6 +278,8 @@ def sample_answers(
     tokenizer: data.Tokenizer,
     flags: Flags,
     conversations: Sequence[data.Messages],
+    temperature: float,
+    seed: int,
 ) -> list[list[str]]:
     """An answer to each conversation, then `flags.improve` times an improvement of the last."""
     file = Path(flags.model or "") / IMPROVER_FILE
@@ -208,9 +290,9 @@ def sample_answers(
     for i in range(1 + flags.improve):
         new = generate(
             model, [tokenizer.apply_chat_template(turns, True) for turns in asked],
-            flags.max_new_tokens, temperature=flags.temperature, top_k=flags.top_k,
+            flags.max_new_tokens, temperature=temperature, top_k=flags.top_k,
             top_p=flags.top_p, eos_ids=tokenizer.eos_ids, batch_size=flags.batch_size,
-            seed=hash_seed(flags.seed, i) if i else flags.seed,
+            seed=hash_seed(seed, i) if i else seed,
         )  # fmt: skip
         answers.append([tokenizer.response_text(ids) for ids in new])
         both = zip(conversations, answers[-1], strict=True)
