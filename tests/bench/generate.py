@@ -44,7 +44,7 @@ class Ours:
     def __init__(self, folder: Path, device: str, precision: str) -> None:
         config = train.parse_args(["--data", "none", "--precision", precision])
         self.ranks = shapes.Machine(device)
-        self.model = self.ranks.build(folder, config, learns=False)
+        self.model = self.ranks.build(folder, config, "ema")
 
     def run(self, prompts: list[list[int]], budgets: list[int], greedy: bool = False) -> Any:
         """New tokens of each row."""

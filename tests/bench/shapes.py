@@ -135,10 +135,10 @@ class Machine(train.Ranks):
         super().__init__()
         self.device, self.one = torch.device(device), one
 
-    def build(self, folder: Path, config: train.Config, learns: bool) -> lm.Transformer:
+    def build(self, folder: Path, config: train.Config, role: str) -> lm.Transformer:
         """As the product does, but for `one`."""
-        if learns or not self.one:
-            self.last = super().build(folder, config, learns)
+        if role == "policy" or not self.one:
+            self.last = super().build(folder, config, role)
         return self.last
 
 
