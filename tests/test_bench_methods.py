@@ -84,12 +84,10 @@ def test_the_report_stars_what_is_beyond_two_standard_errors():
 
 
 def test_no_arm_is_measured_on_the_prompts_or_starts_that_chose_its_rate():
-    assert not set(methods.VALIDATION) & {*methods.TEST, *methods.FRESH}
-    assert not set(methods.TEST) & set(methods.FRESH)
+    assert not set(methods.VALIDATION) & set(methods.TEST)
     for setting, arms in methods.SETTINGS.items():
         assert any(name.startswith("sft") for name in arms), setting
         for arm in arms.values():
             assert arm.base in arms or not arm.base
             assert arm.base == "" or arms[arm.base].base == ""
-            flags = {k: v for k, v in arm.flags.items() if k != "phase"}
-            methods.train.check(methods.train.Config(**methods.train.TASKS | flags))
+            methods.train.check(methods.train.Config(**methods.train.TASKS | arm.flags))

@@ -45,8 +45,8 @@ from model import Transformer, generate, hash_seed, pair_logprobs
 
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # the same ladder for every arm
 TRIED_FIRST = (4, 5)  # places in RATES: 1e-4 and 3e-4
-VALIDATION, TEST = (42, 1), (2, 3, 4, 5, 6)  # seeds: of the starts, the rows and all draws
-FRESH = (7, 8, 9, 10, 11, 12, 13, 14)  # seeds that confirm what a search has found
+VALIDATION = (42, 1)  # seeds: of the start, the rows and all draws
+TEST = tuple(range(2, 22))  # the table takes the first of these; no rate is chosen on them
 TEMPERATURES = (0.0, 0.7, 1.0)
 CELLS = [f"{kind}/{t:g}" for kind in ("seen", "unseen") for t in TEMPERATURES]
 COLUMNS = [*CELLS, "score", "logp/seen", "logp/unseen", "seconds", "generated"]
@@ -57,12 +57,16 @@ PRETRAINING = 85.0  # seconds on one core of a Xeon at 2.5 GHz, for the estimate
 class Arm:
     """A way to train; `flags` are changes to the recipe `tasks`.
 
-    base: the arm whose model it starts from; "": the pre-trained start. rows: what it learns from,
-    as `rows_of` reads it. seconds: of a run with its measurement, for the estimate alone.
+    base: the arm whose model it starts from; "": the pre-trained start. how: "improver" is SGPO's
+    phase 1 alone, "gated" its phase 2 with those pairs alone whose improvement is likelier than the
+    answer, "kept" the same and also those of equal sides. rows: what it learns from, as `rows_of`
+    reads it; prompts: what SGPO's phase 2 answers. seconds: of a run with its measurement, for the
+    estimate alone.
     """
 
     flags: dict[str, Any] = field(default_factory=dict)
     base: str = ""
+    how: str = ""
     rows: str = "clean 128"
     prompts: str = "seen 1024"
     seconds: float = 20.0
@@ -91,12 +95,15 @@ class Run:
 # ------------------------------------------------------------------------------------ the settings
 
 
+Arms = dict[str, Arm]
+
+
 def sft(steps: int, **more: Any) -> Arm:
     """Supervised fine-tuning on the gold responses."""
     return Arm({"method": "sft", "steps": steps}, seconds=5 + steps / 14, **more)
 
 
-def table() -> dict[str, Arm]:
+def table() -> Arms:
     """The whole table: every method, every ablation, and the controls."""
     arms = {"sft": sft(120), "sft, 60 steps": sft(60), "sft, 360 steps": sft(360)}
     arms["dpo"] = Arm({"method": "dpo"}, seconds=15)
@@ -107,57 +114,61 @@ def table() -> dict[str, Arm]:
     arms["sapo + nll"] = Arm({"nll_weight": 1.0})
     arms["sapo orpo"] = Arm({"loss": "orpo"}, seconds=16)
     arms["sapo orpo, lambda 0"] = Arm({"loss": "orpo", "orpo_lambda": 0.0}, seconds=16)
-    arms |= improver_and("", ["sgpo", "greedy nll"])
-    arms |= improver_and(" gold", ["sgpo"], flags={"target_source": "gold"})
+    arms |= improver_and("", ["sgpo", "sgpo orpo", "greedy nll"], {})
+    arms |= improver_and(" gold", ["sgpo"], {"target_source": "gold"})
     return arms
 
 
-def improver_and(
-    name: str, second: Sequence[str], flags: Mapping[str, Any] | None = None, **more: Any
-) -> dict[str, Arm]:
-    """SGPO's phase 1, and what may come behind it."""
-    both = train.TASKS_SGPO | {"target_source": "tasks"} | (flags or {})
+def improver_and(name: str, second: Sequence[str], more: Mapping[str, Any], **arm: Any) -> Arms:
+    """SGPO's phase 1, and what may come behind it; `more`: flags of both.
+
+    "kept": pairs whose improvement the model finds likelier than the answer, and those of equal
+    sides, from which ORPO's NLL learns. "greedy nll": SFT on the improver's own greedy answers to
+    the same prompts, which shows what mere sharpening does.
+    """
+    flags = train.TASKS_SGPO | {"target_source": "tasks"} | dict(more)
+    orpo = flags | {"loss": "orpo", "orpo_lambda": 1.0}
     phases = {
-        "sgpo": Arm(both, seconds=25),
-        "sgpo + nll": Arm(both | {"nll_weight": 1.0}, seconds=25),
-        "sgpo orpo": Arm(both | {"loss": "orpo"}, seconds=22),
-        "sgpo orpo, lambda 0": Arm(both | {"loss": "orpo", "orpo_lambda": 0.0}, seconds=22),
-        "sgpo orpo, 2 rounds": Arm(both | {"loss": "orpo", "rounds": 2}, seconds=40),
-        "greedy nll": Arm({"method": "sft"}, rows="greedy", seconds=15),
+        "sgpo": Arm(flags, seconds=25),
+        "sgpo + nll": Arm(flags | {"nll_weight": 1.0}, seconds=25),
+        "sgpo orpo": Arm(orpo, seconds=22),
+        "sgpo orpo, gated": Arm(orpo, how="gated", seconds=22),
+        "sgpo orpo, kept": Arm(orpo, how="kept", seconds=22),
+        "sgpo orpo, kept, 2 rounds": Arm(orpo | {"rounds": 2}, how="kept", seconds=40),
+        "sgpo orpo, kept, lambda 0": Arm(orpo | {"orpo_lambda": 0.0}, how="kept", seconds=22),
+        "greedy nll": Arm({"method": "sft"}, how="greedy", seconds=15),
     }
-    arms = {"improver" + name: Arm(both | {"phase": "improver"}, seconds=35, **more)}
-    for kind in second:
-        arm = replace(phases[kind], base="improver" + name, **more)
-        arms[kind + name] = replace(arm, rows="greedy") if kind == "greedy nll" else arm
-    return arms
+    arms = {"improver" + name: Arm(flags, how="improver", seconds=25, **arm)}
+    return arms | {
+        kind + name: replace(phases[kind], base="improver" + name, **arm) for kind in second
+    }
 
 
-def few(count: int) -> dict[str, Arm]:
+def few(count: int) -> Arms:
     """Few gold responses: SAPO against SFT of several lengths."""
-    rows = f"clean {count}"
-    arms = {f"sft, {steps} steps": sft(steps, rows=rows) for steps in (30, 60, 120, 360)}
+    rows, whole = f"clean {count}", {"segment_length": "full"}
+    arms = {f"sft, {steps} steps": sft(steps, rows=rows) for steps in (30, 60, 120)}
     arms["sapo"] = Arm(rows=rows)
-    arms["sapo no-segment"] = Arm({"segment_length": "full"}, rows=rows)
-    arms["sapo no-segment + nll"] = Arm({"segment_length": "full", "nll_weight": 1.0}, rows=rows)
-    arms["sapo + nll"] = Arm({"nll_weight": 1.0}, rows=rows)
-    arms["sapo orpo"] = Arm({"loss": "orpo"}, rows=rows)
-    arms["sapo orpo, lambda 1"] = Arm({"loss": "orpo", "orpo_lambda": 1.0}, rows=rows)
+    arms["sapo no-segment"] = Arm(whole, rows=rows)
+    arms["sapo no-segment + nll"] = Arm(whole | {"nll_weight": 1.0}, rows=rows)
+    arms["sapo no-segment orpo"] = Arm(whole | {"loss": "orpo", "orpo_lambda": 1.0}, rows=rows)
     return arms
 
 
-def unlabelled(count: int) -> dict[str, Arm]:
-    """Few gold responses of half of the kinds, and 1,024 unlabelled prompts of all kinds."""
+def unlabelled(count: int) -> Arms:
+    """Few gold responses of half of the kinds, and 2,048 unlabelled prompts of all kinds."""
     rows = f"clean {count}"
-    arms = {f"sft, {steps} steps": sft(steps, rows=rows) for steps in (60, 120, 360)}
-    second = ["sgpo", "sgpo + nll", "sgpo orpo", "sgpo orpo, lambda 0", "greedy nll"]
-    return arms | improver_and("", second, rows=rows, prompts="all 1024")
+    arms = {f"sft, {steps} steps": sft(steps, rows=rows) for steps in (30, 60, 120)}
+    second = ["sgpo orpo, kept", "greedy nll", "sgpo orpo, kept, lambda 0", "sgpo"]
+    return arms | improver_and("", second, {}, rows=rows, prompts="all 2048")
 
 
 SETTINGS = {
     "table": table(),
     "quick": {"sft": sft(120), "sapo": Arm()},
-    "unlabelled": unlabelled(128),
+    "unlabelled-128": unlabelled(128),
     "unlabelled-32": unlabelled(32),
+    "unlabelled-16": unlabelled(16),
     "few-16": few(16),
     "few-32": few(32),
 }
@@ -168,9 +179,8 @@ SETTINGS = {
 
 def config_of(run: Run) -> train.Config:
     """The run's flags, checked as train.py does."""
-    flags = {k: v for k, v in run.arm.flags.items() if k != "phase"}
-    values = train.TASKS | {"lr": run.rate, "improver_lr": run.rate} | flags
-    values |= {"lr": run.rate, "seed": run.seed, "log_every": 10**6}
+    values: dict[str, Any] = train.TASKS | run.arm.flags
+    values |= {"lr": run.rate, "improver_lr": run.rate, "seed": run.seed, "log_every": 10**6}
     return train.check(train.Config(**values))
 
 
@@ -245,6 +255,41 @@ def metered() -> Iterator[tuple[collections.Counter[str], dict[str, list[float]]
     train.Trainer.step, train.Trainer.generate = step, write  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def gated(keep_identical: bool) -> Iterator[None]:
+    """SGPO's rounds keep a pair only where the model itself finds the improvement likelier than the
+    answer; `keep_identical`: and those where the two are equal, from which an NLL term learns."""
+    begin = sgpo.SGPO.begin_round
+
+    def begin_gated(self: sgpo.SGPO, steps: int) -> None:
+        begin(self, steps)
+        both = list(zip(self.asked, self.fresh, strict=True))
+        sides = [Pair(p.prompt, side, []) for p in self.fresh for side in p[1:]]
+        logps = self.score(sides)
+        marks = [better > worse for better, worse in zip(logps[::2], logps[1::2], strict=True)]
+        kept = [one for one, good in zip(both, marks, strict=True) if good]
+        self.asked, self.fresh = [ask for ask, _ in kept], [pair for _, pair in kept]
+        self.metrics |= {"improve/pairs": float(len(kept))} | (self.judge() if kept else {})
+        self.pairs = [*self.fresh, *same] if keep_identical else list(self.fresh)
+        same.clear()
+
+    write, same, asked = sgpo.SGPO.write, list[Pair](), list[Any]()
+
+    def watched(self: sgpo.SGPO, prompts: Any, purpose: str, *more: Any) -> Any:
+        """Sees what is asked and answered, for `begin_round` drops the pairs of equal sides."""
+        new = write(self, prompts, purpose, *more)
+        if purpose == "answer":
+            asked[:] = zip(prompts, new[0], strict=True)
+        elif purpose == "better":
+            both = zip(asked, new[0], strict=True)
+            same[:] = [Pair(p, old, old) for (p, old), better in both if better == old]
+        return new
+
+    sgpo.SGPO.begin_round, sgpo.SGPO.write = begin_gated, watched  # type: ignore
+    yield
+    sgpo.SGPO.begin_round, sgpo.SGPO.write = begin, write  # type: ignore[method-assign]
+
+
 def execute(run: Run, out: Path) -> dict[str, Any]:
     """Trains and measures; the line for results.jsonl. Seconds are of the process's CPU time."""
     torch.set_num_threads(1)
@@ -256,8 +301,10 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
     model = Transformer.from_pretrained(base)
     began = time.process_time()
     job = train.Job(base, [], [], tokenizer, folder / "metrics.jsonl", folder / "final")
-    with metered() as (tokens, logged), contextlib.redirect_stdout(io.StringIO()):
-        if run.arm.flags.get("phase") == "improver":
+    gates = {"gated": gated(False), "kept": gated(True)}
+    gate = gates.get(run.arm.how, contextlib.nullcontext())
+    with metered() as (tokens, logged), gate, contextlib.redirect_stdout(io.StringIO()):
+        if run.arm.how == "improver":
             train.train_improver(config, job, ranks, gold_asks(run.arm.rows, run.seed, tokenizer))
             (folder / "improver").rename(folder / "final")
         elif run.rate:
@@ -340,8 +387,7 @@ class Results:
             return
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         with ProcessPoolExecutor(self.workers, mp_context=context) as pool:
-            for done in as_completed([pool.submit(pretrain, seed, self.out) for seed in starts]):
-                done.result()
+            list(pool.map(pretrain, starts, [self.out] * len(starts)))
             tasks = {pool.submit(execute, run, self.out): run for run in wanted}
             for n, done in enumerate(as_completed(tasks), 1):
                 run, told = tasks[done], done.result()
@@ -471,13 +517,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/methods"))
     parser.add_argument("--setting", nargs="+", default=["table"], choices=SETTINGS)
     parser.add_argument("--quick", action="store_true", help="SFT and SAPO, 1 + 2 seeds")
-    parser.add_argument("--fresh", action="store_true", help="confirm on 8 seeds of their own")
+    parser.add_argument("--seeds", type=int, default=5, help="how many the table has [5]")
     parser.add_argument("--validate", action="store_true", help="choose rates, and stop there")
     parser.add_argument("--only", nargs="+", help="of the setting's arms these alone")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    tuning, seeds = list(VALIDATION), list(FRESH if args.fresh else TEST)
+    tuning, seeds = list(VALIDATION), list(TEST[: args.seeds])
     if args.quick:
         print("--quick: one seed to choose on and two to show; this says little")
         args.setting, tuning, seeds = ["quick"], tuning[:1], seeds[:2]
