@@ -123,8 +123,9 @@ def improver_and(name: str, second: Sequence[str], more: Mapping[str, Any], **ar
     """SGPO's phase 1, and what may come behind it; `more`: flags of both.
 
     "kept": pairs whose improvement the model finds likelier than the answer, and those of equal
-    sides, from which ORPO's NLL learns. "greedy nll": SFT on the improver's own greedy answers to
-    the same prompts, which shows what mere sharpening does.
+    sides, from which ORPO's NLL learns; "greedy": with greedy answers for the model to improve.
+    "greedy nll": SFT on all of the improver's own greedy answers to the same prompts, which shows
+    what mere sharpening does.
     """
     flags = train.TASKS_SGPO | {"target_source": "tasks"} | dict(more)
     orpo = flags | {"loss": "orpo", "orpo_lambda": 1.0}
@@ -134,7 +135,7 @@ def improver_and(name: str, second: Sequence[str], more: Mapping[str, Any], **ar
         "sgpo orpo": Arm(orpo, seconds=22),
         "sgpo orpo, gated": Arm(orpo, how="gated", seconds=22),
         "sgpo orpo, kept": Arm(orpo, how="kept", seconds=22),
-        "sgpo orpo, kept, 2 rounds": Arm(orpo | {"rounds": 2}, how="kept", seconds=40),
+        "sgpo orpo, kept, greedy": Arm(orpo | {"temperature": 0.0}, how="kept", seconds=22),
         "sgpo orpo, kept, lambda 0": Arm(orpo | {"orpo_lambda": 0.0}, how="kept", seconds=22),
         "greedy nll": Arm({"method": "sft"}, how="greedy", seconds=15),
     }
@@ -159,7 +160,7 @@ def unlabelled(count: int) -> Arms:
     """Few gold responses of half of the kinds, and 2,048 unlabelled prompts of all kinds."""
     rows = f"clean {count}"
     arms = {f"sft, {steps} steps": sft(steps, rows=rows) for steps in (30, 60, 120)}
-    second = ["sgpo orpo, kept", "greedy nll", "sgpo orpo, kept, lambda 0", "sgpo"]
+    second = ["sgpo", "sgpo orpo, kept", "sgpo orpo, kept, greedy", "greedy nll"]
     return arms | improver_and("", second, {}, rows=rows, prompts="all 2048")
 
 
