@@ -186,8 +186,8 @@ def config_of(run: Run) -> train.Config:
 
 
 def unlabelled_prompts(spec: str, seed: int) -> list[str]:
-    """ "seen 1024" or "all 1024": prompts for training, of the kinds that the clean set has or of
-    all kinds. The start has not been trained on these."""
+    """Prompts for training: "seen 1024", so many of the clean set's kinds; "all 1024", of all kinds,
+    and not those that the start has seen."""
     kinds, count = spec.split()
     split, seed = ("clean", seed) if kinds == "seen" else ("pretrain", hash_seed(seed, "prompts"))
     examples = data.task_examples(split, int(count), seed)
@@ -195,9 +195,8 @@ def unlabelled_prompts(spec: str, seed: int) -> list[str]:
 
 
 def rows_of(run: Run, model: Transformer, tokenizer: data.Tokenizer) -> list[Pair]:
-    """ "clean N": the first N rows of the clean set. "greedy": the base's own greedy answers to the
-    prompts, which shows what mere sharpening does."""
-    if run.arm.rows.startswith("clean"):
+    """The first rows of the clean set; or the prompts with the base's own greedy answers."""
+    if run.arm.how != "greedy":
         examples = data.task_examples("clean", int(run.arm.rows.split()[1]), run.seed)
     else:
         texts = unlabelled_prompts(run.arm.prompts, run.seed)
