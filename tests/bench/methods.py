@@ -1,9 +1,9 @@
 """Every method and ablation on the built-in tasks, and the search for a setting where one wins.
 
     python tests/bench/methods.py --out DIR                    # the whole table
-    python tests/bench/methods.py --out DIR --quick            # two methods, few seeds
-    python tests/bench/methods.py --out DIR --setting unlabelled
-    python tests/bench/methods.py --out DIR --list             # the settings and their arms
+    python tests/bench/methods.py --out DIR --quick            # SFT and SAPO on few seeds
+    python tests/bench/methods.py --out DIR --setting unlabelled-16 --seeds 6
+    python tests/bench/methods.py --list                       # the settings and their arms
 
 An arm is a way to train. For each, a learning rate is chosen on validation prompts, with starts
 that the table does not use, and by one rule for all (`choose`). The table is of other starts and of
@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -58,10 +59,9 @@ class Arm:
     """A way to train; `flags` are changes to the recipe `tasks`.
 
     base: the arm whose model it starts from; "": the pre-trained start. how: "improver" is SGPO's
-    phase 1 alone, "gated" its phase 2 with those pairs alone whose improvement is likelier than the
-    answer, "kept" the same and also those of equal sides. rows: what it learns from, as `rows_of`
-    reads it; prompts: what SGPO's phase 2 answers. seconds: of a run with its measurement, for the
-    estimate alone.
+    phase 1 alone, "kept" its phase 2 with other pairs (`gated`), "greedy" trains on the base's own
+    answers. rows: what it learns from (`gold_rows`); prompts: `unlabelled`. seconds: of a run with
+    its measurement, for the estimate alone.
     """
 
     flags: dict[str, Any] = field(default_factory=dict)
@@ -131,12 +131,9 @@ def improver_and(name: str, second: Sequence[str], more: Mapping[str, Any], **ar
     orpo = flags | {"loss": "orpo", "orpo_lambda": 1.0}
     phases = {
         "sgpo": Arm(flags, seconds=25),
-        "sgpo + nll": Arm(flags | {"nll_weight": 1.0}, seconds=25),
         "sgpo orpo": Arm(orpo, seconds=22),
-        "sgpo orpo, gated": Arm(orpo, how="gated", seconds=22),
         "sgpo orpo, kept": Arm(orpo, how="kept", seconds=22),
         "sgpo orpo, kept, greedy": Arm(orpo | {"temperature": 0.0}, how="kept", seconds=22),
-        "sgpo orpo, kept, lambda 0": Arm(orpo | {"orpo_lambda": 0.0}, how="kept", seconds=22),
         "greedy nll": Arm({"method": "sft"}, how="greedy", seconds=15),
     }
     arms = {"improver" + name: Arm(flags, how="improver", seconds=25, **arm)}
@@ -145,10 +142,10 @@ def improver_and(name: str, second: Sequence[str], more: Mapping[str, Any], **ar
     }
 
 
-def few(count: int) -> Arms:
-    """Few gold responses: SAPO against SFT of several lengths."""
-    rows, whole = f"clean {count}", {"segment_length": "full"}
-    arms = {f"sft, {steps} steps": sft(steps, rows=rows) for steps in (30, 60, 120)}
+def few(rows: str, lengths: Sequence[int] = (30, 60, 120)) -> Arms:
+    """Few gold responses, or flawed ones: SAPO against SFT of several lengths."""
+    whole = {"segment_length": "full"}
+    arms = {f"sft, {steps} steps": sft(steps, rows=rows) for steps in lengths}
     arms["sapo"] = Arm(rows=rows)
     arms["sapo no-segment"] = Arm(whole, rows=rows)
     arms["sapo no-segment + nll"] = Arm(whole | {"nll_weight": 1.0}, rows=rows)
@@ -156,7 +153,7 @@ def few(count: int) -> Arms:
     return arms
 
 
-def unlabelled(count: int) -> Arms:
+def many_prompts(count: int) -> Arms:
     """Few gold responses of half of the kinds, and 2,048 unlabelled prompts of all kinds."""
     rows = f"clean {count}"
     arms = {f"sft, {steps} steps": sft(steps, rows=rows) for steps in (30, 60, 120)}
@@ -164,14 +161,25 @@ def unlabelled(count: int) -> Arms:
     return arms | improver_and("", second, {}, rows=rows, prompts="all 2048")
 
 
+def values() -> Arms:
+    """SAPO's segments, EMA and replay at other values than the recipe's."""
+    changes: dict[str, dict[str, Any]] = {
+        "segments of 4": {"segment_length": "4"}, "segments of 16": {"segment_length": "16"},
+        "ema 0.9": {"ema_decay": 0.9}, "ema 0.99": {"ema_decay": 0.99},
+        "replay 128": {"replay_capacity": 128}, "replay 4096": {"replay_capacity": 4096},
+    }  # fmt: skip
+    return {"sft": sft(120)} | {f"sapo, {name}": Arm(change) for name, change in changes.items()}
+
+
 SETTINGS = {
     "table": table(),
     "quick": {"sft": sft(120), "sapo": Arm()},
-    "unlabelled-128": unlabelled(128),
-    "unlabelled-32": unlabelled(32),
-    "unlabelled-16": unlabelled(16),
-    "few-16": few(16),
-    "few-32": few(32),
+    "unlabelled-128": many_prompts(128),
+    "unlabelled-16": many_prompts(16),
+    "few-16": few("clean 16"),
+    "few-32": few("clean 32"),
+    "flawed": few("clean 128 0.3", (60, 120, 360)),
+    "values": values(),
 }
 
 
@@ -185,48 +193,42 @@ def config_of(run: Run) -> train.Config:
     return train.check(train.Config(**values))
 
 
-def unlabelled_prompts(spec: str, seed: int) -> list[str]:
-    """Prompts for training: "seen 1024", so many of the clean set's kinds; "all 1024", of all kinds,
-    and not those that the start has seen."""
-    kinds, count = spec.split()
-    split, seed = ("clean", seed) if kinds == "seen" else ("pretrain", hash_seed(seed, "prompts"))
-    examples = data.task_examples(split, int(count), seed)
-    return [example.messages[-1]["content"] for example in examples]
+def gold_rows(run: Run) -> list[Example]:
+    """So many rows of the clean set. With "clean 128 0.3" three in ten of 128 are flawed."""
+    _, count, *share = run.arm.rows.split()
+    flawed = float(share[0]) if share else 0.0
+    rng = random.Random(hash_seed(run.seed, "flawed"))
+    return [
+        replace(e, response=e.rejected) if e.rejected and rng.random() < flawed else e
+        for e in data.task_examples("clean", int(count), run.seed)
+    ]
 
 
-def rows_of(run: Run, model: Transformer, tokenizer: data.Tokenizer) -> list[Pair]:
-    """The first rows of the clean set; or the prompts with the base's own greedy answers."""
-    if run.arm.how != "greedy":
-        examples = data.task_examples("clean", int(run.arm.rows.split()[1]), run.seed)
-    else:
-        texts = unlabelled_prompts(run.arm.prompts, run.seed)
-        examples = [
-            Example(({"role": "user", "content": text},), answer, None, "greedy")
-            for text, answer in zip(texts, answers(model, tokenizer, texts), strict=True)
-            if answer.strip()
-        ]
-    return [data.encode_example(tokenizer, example) for example in examples]
+def unlabelled(run: Run) -> list[Example]:
+    """Prompts for training: "seen 1024" are of the clean set's kinds, "all 1024" of all kinds, and
+    drawn anew, not from what the start has seen. Their answers are not read."""
+    kinds, count = run.arm.prompts.split()
+    if kinds == "seen":
+        return data.task_examples("clean", int(count), run.seed)
+    return data.task_examples("pretrain", int(count), hash_seed(run.seed, "prompts"))
 
 
-def answers(model: Transformer, tokenizer: data.Tokenizer, prompts: Sequence[str]) -> list[str]:
-    """Greedy answers."""
-    asked = [tokenizer.apply_chat_template([{"role": "user", "content": p}], True) for p in prompts]
+def self_labelled(run: Run, model: Transformer, tokenizer: data.Tokenizer) -> list[Example]:
+    """The same prompts with the model's own greedy answers."""
+    examples = unlabelled(run)
+    asked = [tokenizer.apply_chat_template(e.messages, True) for e in examples]
     new = generate(model, asked, 40, temperature=0.0, eos_ids=tokenizer.eos_ids, batch_size=512)
-    return [tokenizer.response_text(tokens) for tokens in new]
+    both = zip(examples, map(tokenizer.response_text, new), strict=True)
+    return [replace(e, response=text, rejected=None) for e, text in both if text.strip()]
 
 
-def asks_of(texts: Iterable[str], tokenizer: data.Tokenizer) -> list[sgpo.Ask]:
-    """Prompts without gold."""
-    turns = [({"role": "user", "content": text},) for text in texts]
-    return [sgpo.Ask(t, "", tokenizer.apply_chat_template(t, True), []) for t in turns]
-
-
-def gold_asks(rows: str, seed: int, tokenizer: data.Tokenizer) -> list[sgpo.Ask]:
-    """Prompts with gold, for the improver."""
-    examples = data.task_examples("clean", int(rows.split()[1]), seed)
-    pairs = [data.encode_example(tokenizer, example) for example in examples]
-    both = zip(examples, pairs, strict=True)
-    return [sgpo.Ask(e.messages, e.response, p.prompt, p.chosen) for e, p in both]
+def asks_of(examples: Sequence[Example], tokenizer: data.Tokenizer, gold: bool) -> list[sgpo.Ask]:
+    """Prompts for SGPO, with their gold responses or without."""
+    pairs = [data.encode_example(tokenizer, e) for e in examples]
+    return [
+        sgpo.Ask(e.messages, e.response * gold, pair.prompt, pair.chosen * gold)
+        for e, pair in zip(examples, pairs, strict=True)
+    ]
 
 
 @contextlib.contextmanager
@@ -256,24 +258,21 @@ def metered() -> Iterator[tuple[collections.Counter[str], dict[str, list[float]]
 
 
 @contextlib.contextmanager
-def gated(keep_identical: bool) -> Iterator[None]:
-    """SGPO's rounds keep a pair only where the model itself finds the improvement likelier than the
-    answer; `keep_identical`: and those where the two are equal, from which an NLL term learns."""
-    begin = sgpo.SGPO.begin_round
+def gated() -> Iterator[None]:
+    """SGPO's rounds keep a pair of unequal sides only where the model itself finds the improvement
+    likelier than the answer, and keep those of equal sides, from which an NLL term learns."""
+    begin, write = sgpo.SGPO.begin_round, sgpo.SGPO.write
+    asked, same = list[Any](), list[Pair]()
 
     def begin_gated(self: sgpo.SGPO, steps: int) -> None:
         begin(self, steps)
         both = list(zip(self.asked, self.fresh, strict=True))
-        sides = [Pair(p.prompt, side, []) for p in self.fresh for side in p[1:]]
-        logps = self.score(sides)
+        logps = self.score([Pair(p.prompt, side, []) for p in self.fresh for side in p[1:]])
         marks = [better > worse for better, worse in zip(logps[::2], logps[1::2], strict=True)]
         kept = [one for one, good in zip(both, marks, strict=True) if good]
         self.asked, self.fresh = [ask for ask, _ in kept], [pair for _, pair in kept]
         self.metrics |= {"improve/pairs": float(len(kept))} | (self.judge() if kept else {})
-        self.pairs = [*self.fresh, *same] if keep_identical else list(self.fresh)
-        same.clear()
-
-    write, same, asked = sgpo.SGPO.write, list[Pair](), list[Any]()
+        self.pairs = [*self.fresh, *same]
 
     def watched(self: sgpo.SGPO, prompts: Any, purpose: str, *more: Any) -> Any:
         """Sees what is asked and answered, for `begin_round` drops the pairs of equal sides."""
@@ -301,18 +300,18 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
     model = Transformer.from_pretrained(base)
     began = time.process_time()
     job = train.Job(base, [], [], tokenizer, folder / "metrics.jsonl", folder / "final")
-    gates = {"gated": gated(False), "kept": gated(True)}
-    gate = gates.get(run.arm.how, contextlib.nullcontext())
+    gate = gated() if run.arm.how == "kept" else contextlib.nullcontext()
     with metered() as (tokens, logged), gate, contextlib.redirect_stdout(io.StringIO()):
         if run.arm.how == "improver":
-            train.train_improver(config, job, ranks, gold_asks(run.arm.rows, run.seed, tokenizer))
+            train.train_improver(config, job, ranks, asks_of(gold_rows(run), tokenizer, True))
             (folder / "improver").rename(folder / "final")
         elif run.rate:
             if config.method == "sgpo":
-                prompts = unlabelled_prompts(run.arm.prompts, run.seed)
-                job.asks, job.on_tasks = asks_of(prompts, tokenizer), True
+                job.asks, job.on_tasks = asks_of(unlabelled(run), tokenizer, False), True
             else:
-                job.rows = rows_of(run, model, tokenizer)
+                greedy = run.arm.how == "greedy"
+                examples = self_labelled(run, model, tokenizer) if greedy else gold_rows(run)
+                job.rows = [data.encode_example(tokenizer, example) for example in examples]
             train.Trainer(config, job, ranks).train()
     if run.rate:
         seconds, model = time.process_time() - began, Transformer.from_pretrained(folder / "final")
@@ -487,27 +486,30 @@ def report(columns: Mapping[str, Mapping[str, list[float]]], controls: Sequence[
     """
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, values in columns.items():
-        cells = ["{:.1f} ± {:.1f}".format(*spread(values[c])) for c in COLUMNS]
+        cells = []
+        for c in COLUMNS:
+            digits = 2 if c.startswith("logp") else 0 if c == "generated" else 1
+            cells.append(" ± ".join(f"{x:.{digits}f}" for x in spread(values[c])))
         lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
         for control in controls:
             if name not in (control, "start"):
-                both = [paired(values[c], columns[control][c]) for c in COLUMNS]
-                cells = [f"{d:+.1f} ± {e:.1f}{' *' * (abs(d) > 2 * e)}" for d, e in both]
-                lines.append(f"| \N{MINUS SIGN} {control} | " + " | ".join(cells) + " |")
+                both = [paired(values[c], columns[control][c]) for c in COLUMNS[:-2]]
+                cells = [f"{d:+.2f} ± {e:.2f}{' *' * (abs(d) > 2 * e)}" for d, e in both]
+                lines.append(f"| \N{MINUS SIGN} {control} | " + " | ".join(cells) + " | | |")
     return "\n".join(lines)
 
 
 def plan(
     arms: Mapping[str, Arm], results: Results, tuning: Sequence[int], seeds: Sequence[int]
 ) -> str:
-    """How much there is to do, if each arm tries three rates, before anything is known."""
+    """How much there is to do, if each arm tries three rates."""
     count = len(arms) * (3 * len(tuning) + len(seeds))
     cost = sum(arm.seconds for arm in arms.values()) * (3 * len(tuning) + len(seeds))
     starts = sum(not results.started(seed) for seed in {*tuning, *seeds})
     minutes = (cost + starts * PRETRAINING) / 60 / results.workers
     return (
-        f"{starts} starts and about {count} runs, less what {results.file} has "
-        f"({len(results.known)}): at most about {minutes:.0f} minutes on {results.workers} cores"
+        f"{starts} starts and about {count} runs, {minutes:.0f} minutes on {results.workers} idle "
+        f"cores, less what {results.file} has of them ({len(results.known)} runs in all)"
     )
 
 
