@@ -83,6 +83,14 @@ class Run:
     base: "Run | None" = None
 
     @property
+    def title(self) -> str:
+        """What a person is told."""
+        usual = train.TASKS_SGPO | {"target_source": "tasks"}
+        said = {k: v for k, v in self.arm.flags.items() if usual.get(k) != v}
+        told = " ".join(f"{k}={v}" for k, v in said.items())
+        return f"{self.arm.how} {told} ({self.arm.rows}) rate {self.rate:g} seed {self.seed}"
+
+    @property
     def key(self) -> str:
         """A digest of everything that the result depends on."""
         said = {k: v for k, v in asdict(self).items() if k != "base"}
@@ -391,8 +399,7 @@ class Results:
             for n, done in enumerate(as_completed(tasks), 1):
                 run, told = tasks[done], done.result()
                 self.add(run, told)
-                named = f"{run.arm.flags} {run.arm.rows} rate {run.rate:g} seed {run.seed}"
-                print(f"{n}/{len(tasks)} score {told['score']:.1f} {named}", flush=True)
+                print(f"{n}/{len(tasks)} score {told['score']:.1f} {run.title}", flush=True)
 
     def started(self, seed: int) -> bool:
         """Whether the start of a seed is there."""
