@@ -197,7 +197,8 @@ SETTINGS = {
 def config_of(run: Run) -> train.Config:
     """The run's flags, checked as train.py does."""
     values: dict[str, Any] = train.TASKS | run.arm.flags
-    values |= {"lr": run.rate, "improver_lr": run.rate, "seed": run.seed, "log_every": 10**6}
+    rate = run.rate or 1.0  # 0: the start itself, which is not trained
+    values |= {"lr": rate, "improver_lr": rate, "seed": run.seed, "log_every": 10**6}
     return train.check(train.Config(**values))
 
 
