@@ -83,11 +83,25 @@ def test_the_report_stars_what_is_beyond_two_standard_errors():
     assert sum(line.startswith("| \N{MINUS SIGN} sft") for line in lines) == 1
 
 
-def test_no_arm_is_measured_on_the_prompts_or_starts_that_chose_its_rate():
+def test_no_arm_is_measured_on_starts_that_chose_its_rate_and_all_make_sense():
     assert not set(methods.VALIDATION) & set(methods.TEST)
     for setting, arms in methods.SETTINGS.items():
         assert any(name.startswith("sft") for name in arms), setting
         for arm in arms.values():
             assert arm.base in arms or not arm.base
             assert arm.base == "" or arms[arm.base].base == ""
-            methods.train.check(methods.train.Config(**methods.train.TASKS | arm.flags))
+            assert methods.config_of(methods.Run(arm, 1e-4, 7, "test")).seed == 7
+    start = methods.config_of(methods.Run(methods.Arm(), 0.0, 7, "test"))
+    assert start.seed == 7  # whose rate is none
+
+
+def test_flawed_gold_is_flawed_as_often_as_said_and_its_prompts_are_the_clean_ones():
+    run = methods.Run(methods.Arm(rows="clean 1000 0.3"), 1e-4, 1, "test")
+    clean = methods.gold_rows(replace(run, arm=methods.Arm(rows="clean 1000")))
+    flawed = methods.gold_rows(run)
+    assert [e.messages for e in flawed] == [e.messages for e in clean]
+    differing = [a.response != b.response for a, b in zip(flawed, clean, strict=True)]
+    assert 0.25 < sum(differing) / 1000 < 0.35
+    assert len({e.messages[-1]["content"].split()[0] for e in methods.unlabelled(run)}) == 4
+    everything = replace(run, arm=methods.Arm(prompts="all 64"))
+    assert len({e.messages[-1]["content"].split()[0] for e in methods.unlabelled(everything)}) == 8
