@@ -145,9 +145,8 @@ def improver_and(name: str, second: Sequence[str], more: Mapping[str, Any], **ar
         "greedy nll": Arm({"method": "sft"}, how="greedy", seconds=15),
     }
     arms = {"improver" + name: Arm(flags, how="improver", seconds=25, **arm)}
-    return arms | {
-        kind + name: replace(phases[kind], base="improver" + name, **arm) for kind in second
-    }
+    base = "improver" + name
+    return arms | {kind + name: replace(phases[kind], base=base, **arm) for kind in second}
 
 
 def few(rows: str, lengths: Sequence[int] = (30, 60, 120)) -> Arms:
@@ -169,14 +168,15 @@ def many_prompts(count: int) -> Arms:
     return arms | improver_and("", second, {}, rows=rows, prompts="all 2048")
 
 
-def values() -> Arms:
+def other_values() -> Arms:
     """SAPO's segments, EMA and replay at other values than the recipe's."""
-    changes: dict[str, dict[str, Any]] = {
-        "segments of 4": {"segment_length": "4"}, "segments of 16": {"segment_length": "16"},
-        "ema 0.9": {"ema_decay": 0.9}, "ema 0.99": {"ema_decay": 0.99},
-        "replay 128": {"replay_capacity": 128}, "replay 4096": {"replay_capacity": 4096},
-    }  # fmt: skip
-    return {"sft": sft(120)} | {f"sapo, {name}": Arm(change) for name, change in changes.items()}
+    tried = {
+        "segment_length": ("4", "16"),
+        "ema_decay": (0.9, 0.99),
+        "replay_capacity": (128, 4096),
+    }
+    arms = {f"sapo, {k} {v}": Arm({k: v}) for k, values in tried.items() for v in values}
+    return {"sft": sft(120)} | arms
 
 
 SETTINGS = {
@@ -187,7 +187,7 @@ SETTINGS = {
     "few-16": few("clean 16"),
     "few-32": few("clean 32"),
     "flawed": few("clean 128 0.3", (60, 120, 360)),
-    "values": values(),
+    "values": other_values(),
 }
 
 
@@ -322,12 +322,11 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
                 examples = self_labelled(run, model, tokenizer) if greedy else gold_rows(run)
                 job.rows = [data.encode_example(tokenizer, example) for example in examples]
             train.Trainer(config, job, ranks).train()
+    told: dict[str, Any] = {"seconds": 0.0}  # of the start itself
     if run.rate:
-        seconds, model = time.process_time() - began, Transformer.from_pretrained(folder / "final")
-    else:
-        seconds = 0.0  # the start itself
-    told = measure(model, tokenizer, run.seed, run.split)
-    told |= {"seconds": seconds, "generated": tokens["generated"]}
+        told["seconds"] = time.process_time() - began
+        model = Transformer.from_pretrained(folder / "final")
+    told |= measure(model, tokenizer, run.seed, run.split) | {"generated": tokens["generated"]}
     told |= {"computed": tokens["tokens/policy"] + tokens["tokens/reference"]}
     return told | {"logged": {key: statistics.fmean(values) for key, values in logged.items()}}
 
@@ -444,14 +443,10 @@ def tune(arms: Mapping[str, Arm], results: Results, seeds: Sequence[int]) -> dic
         level = [name for name, arm in arms.items() if bool(arm.base) == bool(depth)]
         tried: dict[str, dict[int, float]] = {name: {} for name in level}
         while wanted := {name: new for name in level if (new := next_places(tried[name]))}:
-            runs = {
-                (name, place): [
-                    lineage(arms, name, chosen | {name: place}, seed, "validation")
-                    for seed in seeds
-                ]
-                for name, places in wanted.items()
-                for place in places
-            }
+            runs: dict[tuple[str, int], list[Run]] = {}
+            for name, place in [(name, place) for name, new in wanted.items() for place in new]:
+                at = chosen | {name: place}
+                runs[name, place] = [lineage(arms, name, at, s, "validation") for s in seeds]
             results.need(run for many in runs.values() for run in many)
             for (name, place), many in runs.items():
                 tried[name][place] = statistics.fmean(results.scores(many))
@@ -554,15 +549,12 @@ def main() -> None:
         for depth in range(2):  # those that others start from first
             level = [many for many in runs.values() if (many[0].base is not None) == bool(depth)]
             results.need(run for many in level for run in many)
-        columns = {
-            f"{n}" + (f" ({many[0].rate:g})" if many[0].rate else ""): {
-                c: [results.known[run.key][c] for run in many] for c in COLUMNS
-            }
-            for n, many in runs.items()
-        }
         best = best_control(arms, chosen, results, tuning)
-        named = dict(zip(runs, columns, strict=True))
-        controls = dict.fromkeys(named[n] for n in ("sft", best) if n in named)
+        controls = dict.fromkeys(name for name in ("sft", best) if name in arms)
+        columns = {
+            name: {c: [results.known[run.key][c] for run in many] for c in COLUMNS}
+            for name, many in runs.items()
+        }
         print(f"\n{report(columns, list(controls))}\n", flush=True)
 
 
