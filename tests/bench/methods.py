@@ -1,0 +1,562 @@
+"""Every method and ablation on the built-in tasks, and the search for a setting where one wins.
+
+    python tests/bench/methods.py --out DIR                    # the whole table
+    python tests/bench/methods.py --out DIR --quick            # SFT and SAPO on few seeds
+    python tests/bench/methods.py --out DIR --setting unlabelled-16 --seeds 6
+    python tests/bench/methods.py --list                       # the settings and their arms
+
+An arm is a way to train. For each, a learning rate is chosen on validation prompts, with starts
+that the table does not use, and by one rule for all (`choose`). The table is of other starts and of
+test prompts. Each run is a line in DIR/results.jsonl under a key that is a digest of its settings:
+what is there is not run again, so that a call that was cut goes on, and settings share their runs.
+"""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a process a core; and sums that do not depend on the cores
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+import data
+import sample
+import sapo
+import sgpo
+import train
+from data import Example, Pair
+from model import Transformer, generate, hash_seed, pair_logprobs
+
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # the same ladder for every arm
+TRIED_FIRST = (4, 5)  # places in RATES: 1e-4 and 3e-4
+VALIDATION = (42, 1)  # seeds: of the start, the rows and all draws
+TEST = tuple(range(2, 22))  # the table takes the first of these; no rate is chosen on them
+TEMPERATURES = (0.0, 0.7, 1.0)
+CELLS = [f"{kind}/{t:g}" for kind in ("seen", "unseen") for t in TEMPERATURES]
+COLUMNS = [*CELLS, "score", "logp/seen", "logp/unseen", "seconds", "generated"]
+PRETRAINING = 85.0  # seconds on one core of a Xeon at 2.5 GHz, for the estimate alone
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train; `flags` are changes to the recipe `tasks`.
+
+    base: the arm whose model it starts from; "": the pre-trained start. how: "improver" is SGPO's
+    phase 1 alone, "kept" its phase 2 with other pairs (`gated`), "greedy" trains on the base's own
+    answers. rows: what it learns from (`gold_rows`); prompts: `unlabelled`. seconds: of a run with
+    its measurement, for the estimate alone.
+    """
+
+    flags: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
+    how: str = ""
+    rows: str = "clean 128"
+    prompts: str = "seen 1024"
+    seconds: float = 20.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and its measurement."""
+
+    arm: Arm
+    rate: float
+    seed: int
+    split: str
+    base: "Run | None" = None
+
+    @property
+    def title(self) -> str:
+        """What a person is told."""
+        usual = train.TASKS_SGPO | {"target_source": "tasks"}
+        said = {k: v for k, v in self.arm.flags.items() if usual.get(k) != v}
+        told = " ".join(f"{k}={v}" for k, v in said.items())
+        return f"{self.arm.how} {told} ({self.arm.rows}) rate {self.rate:g} seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """A digest of everything that the result depends on."""
+        said = {k: v for k, v in asdict(self).items() if k != "base"}
+        said["arm"] = {k: v for k, v in said["arm"].items() if k not in ("seconds", "base")}
+        said["base"] = self.base.key if self.base else ""
+        text = json.dumps(said, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------ the settings
+
+
+Arms = dict[str, Arm]
+
+
+def sft(steps: int, **more: Any) -> Arm:
+    """Supervised fine-tuning on the gold responses."""
+    return Arm({"method": "sft", "steps": steps}, seconds=5 + steps / 14, **more)
+
+
+def table() -> Arms:
+    """The whole table: every method, every ablation, and the controls."""
+    arms = {"sft": sft(120), "sft, 60 steps": sft(60), "sft, 360 steps": sft(360)}
+    arms["dpo"] = Arm({"method": "dpo"}, seconds=15)
+    arms["orpo"] = Arm({"method": "orpo"}, seconds=13)
+    arms["spin"] = Arm({"method": "spin"}, seconds=18)
+    arms["sapo"] = Arm()
+    arms |= {f"sapo {name}": Arm(dict(change)) for name, change in sapo.ABLATIONS.items()}
+    arms["sapo + nll"] = Arm({"nll_weight": 1.0})
+    arms["sapo orpo"] = Arm({"loss": "orpo"}, seconds=16)
+    arms["sapo orpo, lambda 0"] = Arm({"loss": "orpo", "orpo_lambda": 0.0}, seconds=16)
+    arms |= improver_and("", ["sgpo", "sgpo orpo", "greedy nll"], {})
+    arms |= improver_and(" gold", ["sgpo"], {"target_source": "gold"})
+    return arms
+
+
+def improver_and(name: str, second: Sequence[str], more: Mapping[str, Any], **arm: Any) -> Arms:
+    """SGPO's phase 1, and what may come behind it; `more`: flags of both.
+
+    "kept": pairs whose improvement the model finds likelier than the answer, and those of equal
+    sides, from which ORPO's NLL learns; "greedy": with greedy answers for the model to improve.
+    "greedy nll": SFT on all of the improver's own greedy answers to the same prompts, which shows
+    what mere sharpening does.
+    """
+    flags = train.TASKS_SGPO | {"target_source": "tasks"} | dict(more)
+    orpo = flags | {"loss": "orpo", "orpo_lambda": 1.0}
+    phases = {
+        "sgpo": Arm(flags, seconds=25),
+        "sgpo orpo": Arm(orpo, seconds=22),
+        "sgpo orpo, kept": Arm(orpo, how="kept", seconds=22),
+        "sgpo orpo, kept, greedy": Arm(orpo | {"temperature": 0.0}, how="kept", seconds=22),
+        "greedy nll": Arm({"method": "sft"}, how="greedy", seconds=15),
+    }
+    arms = {"improver" + name: Arm(flags, how="improver", seconds=25, **arm)}
+    base = "improver" + name
+    return arms | {kind + name: replace(phases[kind], base=base, **arm) for kind in second}
+
+
+def few(rows: str, lengths: Sequence[int] = (30, 60, 120)) -> Arms:
+    """Few gold responses, or flawed ones: SAPO against SFT of several lengths."""
+    whole = {"segment_length": "full"}
+    arms = {f"sft, {steps} steps": sft(steps, rows=rows) for steps in lengths}
+    arms["sapo"] = Arm(rows=rows)
+    arms["sapo no-segment"] = Arm(whole, rows=rows)
+    arms["sapo no-segment + nll"] = Arm(whole | {"nll_weight": 1.0}, rows=rows)
+    arms["sapo no-segment orpo"] = Arm(whole | {"loss": "orpo", "orpo_lambda": 1.0}, rows=rows)
+    return arms
+
+
+def many_prompts(count: int) -> Arms:
+    """Few gold responses of half of the kinds, and 2,048 unlabelled prompts of all kinds."""
+    rows = f"clean {count}"
+    arms = {f"sft, {steps} steps": sft(steps, rows=rows) for steps in (30, 60, 120)}
+    second = ["sgpo", "sgpo orpo, kept", "sgpo orpo, kept, greedy", "greedy nll"]
+    return arms | improver_and("", second, {}, rows=rows, prompts="all 2048")
+
+
+def other_values() -> Arms:
+    """SAPO's segments, EMA and replay at other values than the recipe's."""
+    tried = {
+        "segment_length": ("4", "16"),
+        "ema_decay": (0.9, 0.99),
+        "replay_capacity": (128, 4096),
+    }
+    arms = {f"sapo, {k} {v}": Arm({k: v}) for k, values in tried.items() for v in values}
+    return {"sft": sft(120)} | arms
+
+
+SETTINGS = {
+    "table": table(),
+    "quick": {"sft": sft(120), "sapo": Arm()},
+    "unlabelled-128": many_prompts(128),
+    "unlabelled-16": many_prompts(16),
+    "few-16": few("clean 16"),
+    "few-32": few("clean 32"),
+    "flawed": few("clean 128 0.3", (60, 120, 360)),
+    "values": other_values(),
+}
+
+
+# ----------------------------------------------------------------------------------------- one run
+
+
+def config_of(run: Run) -> train.Config:
+    """The run's flags, checked as train.py does."""
+    values: dict[str, Any] = train.TASKS | run.arm.flags
+    rate = run.rate or 1.0  # 0: the start itself, which is not trained
+    values |= {"lr": rate, "improver_lr": rate, "seed": run.seed, "log_every": 10**6}
+    return train.check(train.Config(**values))
+
+
+def gold_rows(run: Run) -> list[Example]:
+    """So many rows of the clean set. With "clean 128 0.3" three in ten of 128 are flawed."""
+    _, count, *share = run.arm.rows.split()
+    flawed = float(share[0]) if share else 0.0
+    rng = random.Random(hash_seed(run.seed, "flawed"))
+    return [
+        replace(e, response=e.rejected) if e.rejected and rng.random() < flawed else e
+        for e in data.task_examples("clean", int(count), run.seed)
+    ]
+
+
+def unlabelled(run: Run) -> list[Example]:
+    """Prompts for training: "seen 1024" are of the clean set's kinds, "all 1024" of all kinds, and
+    drawn anew, not from what the start has seen. Their answers are not read."""
+    kinds, count = run.arm.prompts.split()
+    if kinds == "seen":
+        return data.task_examples("clean", int(count), run.seed)
+    return data.task_examples("pretrain", int(count), hash_seed(run.seed, "prompts"))
+
+
+def self_labelled(run: Run, model: Transformer, tokenizer: data.Tokenizer) -> list[Example]:
+    """The same prompts with the model's own greedy answers."""
+    examples = unlabelled(run)
+    asked = [tokenizer.apply_chat_template(e.messages, True) for e in examples]
+    new = generate(model, asked, 40, temperature=0.0, eos_ids=tokenizer.eos_ids, batch_size=512)
+    both = zip(examples, map(tokenizer.response_text, new), strict=True)
+    return [replace(e, response=text, rejected=None) for e, text in both if text.strip()]
+
+
+def asks_of(examples: Sequence[Example], tokenizer: data.Tokenizer, gold: bool) -> list[sgpo.Ask]:
+    """Prompts for SGPO, with their gold responses or without."""
+    pairs = [data.encode_example(tokenizer, e) for e in examples]
+    return [
+        sgpo.Ask(e.messages, e.response * gold, pair.prompt, pair.chosen * gold)
+        for e, pair in zip(examples, pairs, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def metered() -> Iterator[tuple[collections.Counter[str], dict[str, list[float]]]]:
+    """Counts tokens in all trainers within, and keeps what their steps log."""
+    tokens: collections.Counter[str] = collections.Counter()
+    logged: dict[str, list[float]] = collections.defaultdict(list)
+    step, write = train.Trainer.step, train.Trainer.generate
+
+    def counted_step(self: train.Trainer, t: int) -> dict[str, float]:
+        row = step(self, t)
+        for key, value in row.items():
+            if key in ("tokens/policy", "tokens/reference"):
+                tokens[key] += int(value)
+            elif key.startswith(("improve/", "rewards/", "pairs/", "logps/", "segment/", "loss")):
+                logged[key].append(value)
+        return row
+
+    def counted_write(self: train.Trainer, *args: Any, **named: Any) -> Any:
+        new = write(self, *args, **named)
+        tokens["generated"] += sum(map(len, new[0]))
+        return new
+
+    train.Trainer.step, train.Trainer.generate = counted_step, counted_write  # type: ignore[method-assign]
+    yield tokens, logged
+    train.Trainer.step, train.Trainer.generate = step, write  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def gated() -> Iterator[None]:
+    """SGPO's rounds keep a pair of unequal sides only where the model itself finds the improvement
+    likelier than the answer, and keep those of equal sides, from which an NLL term learns."""
+    begin, write = sgpo.SGPO.begin_round, sgpo.SGPO.write
+    asked, same = list[Any](), list[Pair]()
+
+    def begin_gated(self: sgpo.SGPO, steps: int) -> None:
+        begin(self, steps)
+        both = list(zip(self.asked, self.fresh, strict=True))
+        logps = self.score([Pair(p.prompt, side, []) for p in self.fresh for side in p[1:]])
+        marks = [better > worse for better, worse in zip(logps[::2], logps[1::2], strict=True)]
+        kept = [one for one, good in zip(both, marks, strict=True) if good]
+        self.asked, self.fresh = [ask for ask, _ in kept], [pair for _, pair in kept]
+        self.metrics |= {"improve/pairs": float(len(kept))} | (self.judge() if kept else {})
+        self.pairs = [*self.fresh, *same]
+
+    def watched(self: sgpo.SGPO, prompts: Any, purpose: str, *more: Any) -> Any:
+        """Sees what is asked and answered, for `begin_round` drops the pairs of equal sides."""
+        new = write(self, prompts, purpose, *more)
+        if purpose == "answer":
+            asked[:] = zip(prompts, new[0], strict=True)
+        elif purpose == "better":
+            both = zip(asked, new[0], strict=True)
+            same[:] = [Pair(p, old, old) for (p, old), better in both if better == old]
+        return new
+
+    sgpo.SGPO.begin_round, sgpo.SGPO.write = begin_gated, watched  # type: ignore
+    yield
+    sgpo.SGPO.begin_round, sgpo.SGPO.write = begin, write  # type: ignore[method-assign]
+
+
+def execute(run: Run, out: Path) -> dict[str, Any]:
+    """Trains and measures; the line for results.jsonl. Seconds are of the process's CPU time."""
+    torch.set_num_threads(1)
+    folder, start = out / "runs" / run.key, out / "starts" / str(run.seed) / "start"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut
+    folder.mkdir(parents=True)
+    config, tokenizer, ranks = config_of(run), data.load_tokenizer(start), train.Ranks()
+    base = out / "runs" / run.base.key / "final" if run.base else start
+    model = Transformer.from_pretrained(base)
+    began = time.process_time()
+    job = train.Job(base, [], [], tokenizer, folder / "metrics.jsonl", folder / "final")
+    gate = gated() if run.arm.how == "kept" else contextlib.nullcontext()
+    with metered() as (tokens, logged), gate, contextlib.redirect_stdout(io.StringIO()):
+        if run.arm.how == "improver":
+            train.train_improver(config, job, ranks, asks_of(gold_rows(run), tokenizer, True))
+            (folder / "improver").rename(folder / "final")
+        elif run.rate:
+            if config.method == "sgpo":
+                job.asks, job.on_tasks = asks_of(unlabelled(run), tokenizer, False), True
+            else:
+                greedy = run.arm.how == "greedy"
+                examples = self_labelled(run, model, tokenizer) if greedy else gold_rows(run)
+                job.rows = [data.encode_example(tokenizer, example) for example in examples]
+            train.Trainer(config, job, ranks).train()
+    told: dict[str, Any] = {"seconds": 0.0}  # of the start itself
+    if run.rate:
+        told["seconds"] = time.process_time() - began
+        model = Transformer.from_pretrained(folder / "final")
+    told |= measure(model, tokenizer, run.seed, run.split) | {"generated": tokens["generated"]}
+    told |= {"computed": tokens["tokens/policy"] + tokens["tokens/reference"]}
+    return told | {"logged": {key: statistics.fmean(values) for key, values in logged.items()}}
+
+
+def measure(
+    model: Transformer, tokenizer: data.Tokenizer, seed: int, split: str
+) -> dict[str, float]:
+    """Exact match in % at each temperature, their mean, and the gold's log-prob per response."""
+    told: dict[str, float] = {}
+    for t in TEMPERATURES:
+        shares = sample.task_accuracy(model, tokenizer, seed, t, split)
+        told |= {f"{kind}/{t:g}": 100 * share for kind, share in shares.items()}
+    told["score"] = statistics.fmean(told[cell] for cell in CELLS)
+    examples = data.task_examples(split, 512, seed)
+    pairs = [data.encode_example(tokenizer, e)._replace(rejected=[]) for e in examples]
+    with torch.no_grad():
+        logps = pair_logprobs(model, pairs)[0].tolist()
+    seen = [data.task_kind(e.messages[-1]["content"]) in data.SEEN for e in examples]
+    for name, wanted in (("seen", True), ("unseen", False)):
+        found = [logp for logp, is_seen in zip(logps, seen, strict=True) if is_seen == wanted]
+        told[f"logp/{name}"] = statistics.fmean(found)
+    return told
+
+
+def pretrain(seed: int, out: Path) -> None:
+    """OUT/starts/SEED/start, as the embedded default makes it."""
+    torch.set_num_threads(1)
+    folder = out / "starts" / str(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = train.parse_args(["--seed", str(seed)])
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.pretrain(config, folder / "start", train.load_tokenizer(config), train.Ranks())
+
+
+# -------------------------------------------------------------------------------- many, and resume
+
+
+class Results:
+    """OUT/results.jsonl: a line for each finished run; and the processes that make more of them."""
+
+    def __init__(self, out: Path, workers: int) -> None:
+        self.out, self.file, self.workers = out, out / "results.jsonl", workers
+        out.mkdir(parents=True, exist_ok=True)
+        self.known: dict[str, dict[str, float]] = {}
+        for _, row in train.json_lines(self.file):  # leaves out a line that a kill has cut off
+            self.known[row["key"]] = row["told"]
+
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        """Those that are not there, each once, in order."""
+        return list({run.key: run for run in runs if run.key not in self.known}.values())
+
+    def add(self, run: Run, told: dict[str, Any]) -> None:
+        """Writes a line."""
+        self.known[run.key] = told
+        line = json.dumps({"key": run.key, "told": told, "run": asdict(run)})
+        broken = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write("\n" * broken + line + "\n")
+
+    def need(self, runs: Iterable[Run]) -> None:
+        """Does what is missing, and the starts that it needs."""
+        wanted = self.missing(runs)
+        starts = [s for s in dict.fromkeys(run.seed for run in wanted) if not self.started(s)]
+        if not wanted:
+            return
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        with ProcessPoolExecutor(self.workers, mp_context=context) as pool:
+            list(pool.map(pretrain, starts, [self.out] * len(starts)))
+            tasks = {pool.submit(execute, run, self.out): run for run in wanted}
+            for n, done in enumerate(as_completed(tasks), 1):
+                run, told = tasks[done], done.result()
+                self.add(run, told)
+                print(f"{n}/{len(tasks)} score {told['score']:.1f} {run.title}", flush=True)
+
+    def started(self, seed: int) -> bool:
+        """Whether the start of a seed is there."""
+        return (self.out / "starts" / str(seed) / "start").exists()
+
+    def scores(self, runs: Iterable[Run]) -> list[float]:
+        """The runs' scores."""
+        return [self.known[run.key]["score"] for run in runs]
+
+
+def lineage(
+    arms: Mapping[str, Arm], name: str, rates: Mapping[str, int], seed: int, split: str
+) -> Run:
+    """The run of an arm at the rate (a place in RATES) that each of it and its bases has."""
+    base = arms[name].base
+    above = lineage(arms, base, rates, seed, split) if base else None
+    return Run(arms[name], RATES[rates[name]], seed, split, above)
+
+
+def choose(scores: Mapping[int, float]) -> int:
+    """THE rule, for all arms: the place in RATES of the best mean score on validation, the smaller
+    rate where two are equal. A score is the mean of the six accuracies: greedy, temperature 0.7
+    and 1, on seen and unseen kinds."""
+    return max(sorted(scores), key=lambda place: scores[place])
+
+
+def next_places(scores: Mapping[int, float]) -> list[int]:
+    """Which rates are to be tried: the first two; then neighbours of the best, until it has both
+    its neighbours, or is at an end of the ladder."""
+    if not scores:
+        return list(TRIED_FIRST)
+    best = choose(scores)
+    around = {best - 1, best + 1} & set(range(len(RATES)))
+    return sorted(around - scores.keys())
+
+
+def tune(arms: Mapping[str, Arm], results: Results, seeds: Sequence[int]) -> dict[str, int]:
+    """A rate for each arm; those that start from another arm wait for its."""
+    chosen: dict[str, int] = {}
+    for depth in range(2):
+        level = [name for name, arm in arms.items() if bool(arm.base) == bool(depth)]
+        tried: dict[str, dict[int, float]] = {name: {} for name in level}
+        while wanted := {name: new for name in level if (new := next_places(tried[name]))}:
+            runs: dict[tuple[str, int], list[Run]] = {}
+            for name, place in [(name, place) for name, new in wanted.items() for place in new]:
+                at = chosen | {name: place}
+                runs[name, place] = [lineage(arms, name, at, s, "validation") for s in seeds]
+            results.need(run for many in runs.values() for run in many)
+            for (name, place), many in runs.items():
+                tried[name][place] = statistics.fmean(results.scores(many))
+        for name in level:
+            chosen[name] = choose(tried[name])
+            told = ", ".join(f"{RATES[p]:g}: {s:.1f}" for p, s in sorted(tried[name].items()))
+            print(f"{name}: rate {RATES[chosen[name]]:g} of {told}", flush=True)
+    return chosen
+
+
+# --------------------------------------------------------------------------------------- the table
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def paired(values: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
+    """The mean of the paired differences, and its standard error, sd / sqrt(n)."""
+    differences = [a - b for a, b in zip(values, control, strict=True)]
+    mean, deviation = spread(differences)
+    return mean, deviation / math.sqrt(len(differences))
+
+
+def best_control(
+    arms: Mapping[str, Arm], chosen: Mapping[str, int], results: Results, seeds: Sequence[int]
+) -> str:
+    """The SFT arm, of whatever length, that is best on validation."""
+    controls = [name for name in arms if name.startswith("sft")]
+    runs = {n: [lineage(arms, n, chosen, s, "validation") for s in seeds] for n in controls}
+    return max(controls, key=lambda name: statistics.fmean(results.scores(runs[name])))
+
+
+def report(columns: Mapping[str, Mapping[str, list[float]]], controls: Sequence[str]) -> str:
+    """The table in Markdown: mean ± standard deviation over seeds, and below each arm its paired
+    differences to the controls ± standard error; * is beyond two standard errors.
+
+    columns: by arm and column, a value for each seed, in the seeds' order.
+    """
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, values in columns.items():
+        cells = []
+        for c in COLUMNS:
+            digits = 2 if c.startswith("logp") else 0 if c == "generated" else 1
+            cells.append(" ± ".join(f"{x:.{digits}f}" for x in spread(values[c])))
+        lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
+        for control in controls:
+            if name not in (control, "start"):
+                both = [paired(values[c], columns[control][c]) for c in COLUMNS[:-2]]
+                cells = [f"{d:+.2f} ± {e:.2f}{' *' * (abs(d) > 2 * e)}" for d, e in both]
+                lines.append(f"| \N{MINUS SIGN} {control} | " + " | ".join(cells) + " | | |")
+    return "\n".join(lines)
+
+
+def plan(
+    arms: Mapping[str, Arm], results: Results, tuning: Sequence[int], seeds: Sequence[int]
+) -> str:
+    """How much there is to do, if each arm tries three rates."""
+    count = len(arms) * (3 * len(tuning) + len(seeds))
+    cost = sum(arm.seconds for arm in arms.values()) * (3 * len(tuning) + len(seeds))
+    starts = sum(not results.started(seed) for seed in {*tuning, *seeds})
+    minutes = (cost + starts * PRETRAINING) / 60 / results.workers
+    return (
+        f"{starts} starts and about {count} runs, {minutes:.0f} minutes on {results.workers} idle "
+        f"cores, less what {results.file} has of them ({len(results.known)} runs in all)"
+    )
+
+
+def main() -> None:
+    """Chooses rates, runs the table's seeds, prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/methods"))
+    parser.add_argument("--setting", nargs="+", default=["table"], choices=SETTINGS)
+    parser.add_argument("--quick", action="store_true", help="SFT and SAPO, 1 + 2 seeds")
+    parser.add_argument("--seeds", type=int, default=5, help="how many the table has [5]")
+    parser.add_argument("--validate", action="store_true", help="choose rates, and stop there")
+    parser.add_argument("--only", nargs="+", help="of the setting's arms these alone")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    tuning, seeds = list(VALIDATION), list(TEST[: args.seeds])
+    if args.quick:
+        print("--quick: one seed to choose on and two to show; this says little")
+        args.setting, tuning, seeds = ["quick"], tuning[:1], seeds[:2]
+    results = Results(args.out, args.workers)
+    for setting in args.setting:
+        arms = SETTINGS[setting]
+        if args.only:
+            arms = {n: arm for n, arm in arms.items() if n in args.only}
+        print(f"\n## {setting}: {', '.join(arms)}")
+        if args.list:
+            continue
+        print(plan(arms, results, tuning, seeds), flush=True)
+        chosen = tune(arms, results, tuning)
+        if args.validate:
+            continue
+        runs = {n: [lineage(arms, n, chosen, s, "test") for s in seeds] for n in arms}
+        runs = {"start": [Run(Arm(), 0.0, s, "test") for s in seeds]} | runs
+        for depth in range(2):  # those that others start from first
+            level = [many for many in runs.values() if (many[0].base is not None) == bool(depth)]
+            results.need(run for many in level for run in many)
+        best = best_control(arms, chosen, results, tuning)
+        controls = dict.fromkeys(name for name in ("sft", best) if name in arms)
+        columns = {
+            name: {c: [results.known[run.key][c] for run in many] for c in COLUMNS}
+            for name, many in runs.items()
+        }
+        print(f"\n{report(columns, list(controls))}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

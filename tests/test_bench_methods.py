@@ -1,0 +1,107 @@
+"""The statistics, the choice of rates and the resuming of tests/bench/methods.py."""
+
+import importlib.util
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FILE = Path(__file__).parent / "bench" / "methods.py"
+SPEC = importlib.util.spec_from_file_location("methods", FILE)
+assert SPEC is not None and SPEC.loader is not None
+methods: Any = importlib.util.module_from_spec(SPEC)
+sys.modules["methods"] = methods  # dataclasses look their module up
+SPEC.loader.exec_module(methods)
+
+
+def test_a_paired_difference_and_its_standard_error_are_those_worked_by_hand():
+    # differences 1, 2, 6: mean 3, deviations -2, -1, 3, variance (4 + 1 + 9) / 2 = 7
+    mean, error = methods.paired([11.0, 22.0, 36.0], [10.0, 20.0, 30.0])
+    assert mean == 3
+    assert error == pytest.approx(math.sqrt(7 / 3))
+    assert methods.spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7)))
+
+
+def test_a_difference_common_to_all_seeds_has_no_error_though_the_seeds_differ():
+    assert methods.paired([52.0, 72.0, 92.0], [50.0, 70.0, 90.0]) == (2.0, 0.0)
+
+
+def test_the_best_mean_is_chosen_and_the_smaller_rate_where_two_are_equal():
+    assert methods.choose({4: 70.0, 5: 80.0, 3: 60.0}) == 5
+    assert methods.choose({5: 80.0, 4: 80.0}) == 4
+
+
+@pytest.mark.parametrize("peak", range(len(methods.RATES)))
+def test_the_rates_tried_lead_to_the_peak_and_to_both_its_neighbours(peak: int):
+    tried: dict[int, float] = {}
+    while new := methods.next_places(tried):
+        assert not set(new) & tried.keys()
+        tried |= {place: -abs(place - peak) for place in new}
+    assert methods.choose(tried) == peak
+    assert {peak - 1, peak + 1} & set(range(len(methods.RATES))) <= tried.keys()
+
+
+def test_a_run_is_known_by_all_that_its_result_depends_on_and_by_nothing_else():
+    arm = methods.Arm({"loss": "orpo"}, base="improver")
+    base = methods.Run(methods.Arm(), 1e-4, 1, "test")
+    run = methods.Run(arm, 1e-4, 1, "test", base)
+    others = [
+        replace(run, rate=3e-4), replace(run, seed=2), replace(run, split="validation"),
+        replace(run, arm=replace(arm, flags={"loss": "dpo"})), replace(run, base=None),
+        replace(run, arm=replace(arm, rows="clean 16")), replace(run, base=replace(base, rate=1)),
+    ]  # fmt: skip
+    assert len({other.key for other in [run, *others]}) == 1 + len(others)
+    assert replace(run, arm=replace(arm, seconds=9.0)).key == run.key
+
+
+def test_what_is_in_the_file_is_not_run_again_and_a_line_cut_off_is(tmp_path: Path):
+    runs = [methods.Run(methods.Arm(), 1e-4, seed, "test") for seed in range(3)]
+    results = methods.Results(tmp_path, 1)
+    for run in runs[:2]:
+        results.add(run, {"score": float(run.seed)})
+    text = results.file.read_text()
+    results.file.write_text(text[:-5])  # killed while it wrote the second line
+    again = methods.Results(tmp_path, 1)
+    assert again.missing([*runs, *runs]) == runs[1:]
+    assert again.scores(runs[:1]) == [0.0]
+    again.add(runs[1], {"score": 7.0})
+    assert methods.Results(tmp_path, 1).scores(runs[:2]) == [0.0, 7.0]
+    assert json.loads(text.splitlines()[0])["key"] == runs[0].key
+
+
+def test_the_report_stars_what_is_beyond_two_standard_errors():
+    level = {column: [50.0, 60.0, 70.0] for column in methods.COLUMNS}
+    better = level | {"score": [51.0, 61.1, 71.0], "seen/0": [40.0, 60.0, 90.0]}
+    lines = methods.report({"sft": level, "sapo": better}, ["sft"]).splitlines()
+    cells = dict(zip(methods.COLUMNS, lines[-1].strip("| ").split(" | ")[1:], strict=False))
+    assert cells["score"] == "+1.03 ± 0.03 *"
+    assert cells["seen/0"] == "+3.33 ± 8.82"
+    assert sum(line.startswith("| \N{MINUS SIGN} sft") for line in lines) == 1
+
+
+def test_no_arm_is_measured_on_starts_that_chose_its_rate_and_all_make_sense():
+    assert not set(methods.VALIDATION) & set(methods.TEST)
+    for setting, arms in methods.SETTINGS.items():
+        assert any(name.startswith("sft") for name in arms), setting
+        for arm in arms.values():
+            assert arm.base in arms or not arm.base
+            assert arm.base == "" or arms[arm.base].base == ""
+            assert methods.config_of(methods.Run(arm, 1e-4, 7, "test")).seed == 7
+    start = methods.config_of(methods.Run(methods.Arm(), 0.0, 7, "test"))
+    assert start.seed == 7  # whose rate is none
+
+
+def test_flawed_gold_is_flawed_as_often_as_said_and_its_prompts_are_the_clean_ones():
+    run = methods.Run(methods.Arm(rows="clean 1000 0.3"), 1e-4, 1, "test")
+    clean = methods.gold_rows(replace(run, arm=methods.Arm(rows="clean 1000")))
+    flawed = methods.gold_rows(run)
+    assert [e.messages for e in flawed] == [e.messages for e in clean]
+    differing = [a.response != b.response for a, b in zip(flawed, clean, strict=True)]
+    assert 0.25 < sum(differing) / 1000 < 0.35
+    assert len({e.messages[-1]["content"].split()[0] for e in methods.unlabelled(run)}) == 4
+    everything = replace(run, arm=methods.Arm(prompts="all 64"))
+    assert len({e.messages[-1]["content"].split()[0] for e in methods.unlabelled(everything)}) == 8
