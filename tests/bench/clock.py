@@ -14,7 +14,6 @@ import contextlib
 import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -138,6 +137,12 @@ def copy_call(device: str, quick: bool) -> tuple[Callable[[int], Any], float]:
 # --------------------------------------------------------------------------------------- memory
 
 
+def resident(key: str) -> int:
+    """Bytes of memory that this process has (VmRSS) or had at most (VmHWM), as Linux tells."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in status if line.startswith(key)).split()[1])
+
+
 def report_peak(call: Callable[[], Any], device: str) -> None:
     """In a process of its own: prints what a call took at its highest above what was there."""
     if device == "cuda":
@@ -147,10 +152,10 @@ def report_peak(call: Callable[[], Any], device: str) -> None:
         call()
         found = torch.cuda.max_memory_allocated() - before
     else:
-        status = Path("/proc/self/status").read_text().splitlines()
-        before = 1024 * int(next(x for x in status if "VmRSS" in x).split()[1])
+        Path("/proc/self/clear_refs").write_text("5")  # the peak, VmHWM, begins anew
+        before = resident("VmRSS")
         call()
-        found = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        found = resident("VmHWM") - before
     print(json.dumps({"peak": found}))
 
 

@@ -70,7 +70,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(32, 2, 4, 2, 64, 300, 2, 8, 8, 4, 1e-5),
-    "small": Shape(384, 8, 6, 2, 1024, 32_000),
+    "small": Shape(384, 8, 6, 2, 1024, 32_000, 4),
     "wide": Shape(256, 4, 4, 2, 688, 128_256),
     "smollm2": Shape(576, 30, 9, 3, 1536, 49_152),  # the real model, of tests/smollm2.py
     "llama1b": Shape(2048, 16, 32, 8, 8192, 128_256, 8, lr=1e-8),
