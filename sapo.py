@@ -335,6 +335,10 @@ class SegmentPair(Pair):
         self.bounds, self.logp = bounds, logp
         return self
 
+    def _replace(self, **changes: Any) -> Pair:  # type: ignore[override]
+        """A plain pair: a cut is true of these tokens alone."""
+        return Pair(*self)._replace(**changes)
+
 
 def pack(pairs: Iterable[Pair]) -> dict[str, Tensor]:
     """Pairs as tensors, which safetensors can hold: `tokens` of all sides, `lengths` (N, 3), and

@@ -24,6 +24,8 @@ The paper (P) leaves much open, and there is no official code. What is said here
     3. P does not say that pi* is also trained on gold: `--improver-mix`.
     4. P does not name the reference of later rounds: pi*, frozen, in all of them.
     5. Pairs of equal or empty sides are dropped, and so are prompts that leave no room for I(x, y).
+       `--keep-identical` keeps the former, `--gate` drops improvements that are less likely than
+       the answer.
 
 Sources know nothing of files, flags or ranks: `generate`, and what needs a tokenizer or a score,
 come from the trainer.
@@ -111,6 +113,11 @@ mends answers to the built-in tasks; default: tasks where there is no --data, el
     "sgpo: files of prompts for phase 2, with or without responses; default: those of --data"
     improve_temperature: float | None = None  # [ours]
     "sgpo: of the improvements; default: --temperature"
+    keep_identical: bool = False  # [ours]
+    "sgpo: keep pairs whose improvement is the answer itself; only an NLL term learns from them"
+    gate: bool = False  # [ours]
+    "sgpo: keep an improvement only where the improver finds it likelier, behind the prompt alone, \
+than the answer"
     rounds: int = 1  # [ours]
     "sgpo: how often pairs are generated and trained on, --steps each"
 
@@ -240,14 +247,23 @@ class SGPO:
         ]
         read = self.tokenizer.response_text
         full = [one for one in made if all(read(side).strip() for side in one[1][1:])]
-        kept = [(ask, pair) for ask, pair in full if pair.chosen != pair.rejected]
+        kept = [one for one in full if c.keep_identical or one[1].chosen != one[1].rejected]
+        same = len(full) - sum(pair.chosen != pair.rejected for _, pair in full)
+        unlikely = 0
+        if c.gate:
+            sides = [Pair(ask.prompt, side, []) for ask, pair in kept for side in pair[1:]]
+            scores = iter(self.score(sides))
+            likely = [(one, next(scores) - next(scores)) for one in kept]  # chosen, then rejected
+            kept = [one for one, gain in likely if gain > 0 or one[1].chosen == one[1].rejected]
+            unlikely = len(likely) - len(kept)
         self.asked, self.fresh = [ask for ask, _ in kept], [pair for _, pair in kept]
         self.pairs = list(self.fresh)
         self.metrics = describe(self.fresh) | {
             "improve/pairs": float(len(kept)),
             "improve/too_long": 1 - len(made) / count,
             "improve/empty": (len(made) - len(full)) / count,
-            "improve/identical": (len(full) - len(kept)) / count,
+            "improve/identical": same / count,
+            "improve/unlikely": unlikely / count,
         }
         if kept:
             self.metrics |= self.judge()

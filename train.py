@@ -326,6 +326,10 @@ def check_sgpo(config: Config) -> None:
             raise InputError("--target-source is a URL: --target-model must say which model to ask")
     if source == "tasks" and config.data is not None:
         raise InputError("--target-source tasks mends the built-in tasks, and --data is given")
+    if config.keep_identical and config.loss != "orpo" and not config.nll_weight:
+        raise InputError(
+            "--keep-identical is for --loss orpo or --nll-weight: no other loss learns"
+        )
     for name in ("improver_instruction", "target_instruction"):
         for part in ("{prompt}", "{answer}"):
             if part not in getattr(config, name):

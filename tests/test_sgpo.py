@@ -263,8 +263,24 @@ def test_identical_empty_and_too_long_ones_are_dropped_and_counted(
     found = {k: v for k, v in sgpo.metrics.items() if k.startswith("improve/") and "gold" not in k}
     assert found == {
         "improve/pairs": 1, "improve/empty": 0.25, "improve/identical": 0.25,
-        "improve/too_long": 0.25,
+        "improve/too_long": 0.25, "improve/unlikely": 0,
     }  # fmt: skip
+
+
+def test_identical_pairs_are_kept_and_unlikely_improvements_dropped_where_it_is_asked(
+    tokenizer: data.Tokenizer,
+) -> None:
+    words, flags = ["ab", "12", "cd", "ef"], {"keep_identical": True, "gate": True, "batch_size": 4}
+    sgpo, _ = source(tokenizer, words, **flags)
+    liked = {"AB": -1.0, "ab": -2.0, "CD": -3.0, "cd": -2.0, "EF": -2.0, "ef": -2.0, "12": -9.0}
+    read = tokenizer.response_text
+    sgpo.check = lambda prompt, text: True
+    sgpo.score = lambda rows: [liked[read(row.chosen)] for row in rows]
+    batch = sgpo.before_step(0)
+    assert {(read(p.chosen), read(p.rejected)) for p in batch} == {("AB", "ab"), ("12", "12")}
+    assert sgpo.metrics["improve/identical"] == 0.25
+    assert sgpo.metrics["improve/unlikely"] == 0.5  # cd, and ef, which is no likelier
+    assert sgpo.metrics["improve/pairs"] == 2
 
 
 def test_no_pair_left_is_a_step_without_pairs(tokenizer: data.Tokenizer) -> None:

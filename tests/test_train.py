@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -314,6 +315,59 @@ def test_every_switch_runs(flags: list[str], start: Path, rows: Path, tmp_path: 
             load_file(out / "final/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
         )
     torch.set_float32_matmul_precision("highest")
+
+
+def test_medium_states_its_error_and_its_speed_here(
+    start: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--data", rows, "--out", tmp_path / "run", *SMALL, "--precision", "medium")
+    assert run("--model", start, *flags, "--steps", 1) == 0
+    torch.set_float32_matmul_precision("highest")
+    said = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("precision medium"))
+    found = re.fullmatch(r".*: error (\S+) of a matrix product, (\S+) times fp32's speed", said)
+    assert found and 0 <= float(found[1]) < 0.01 and float(found[2]) > 0
+
+
+def test_the_error_of_medium_is_a_share_of_the_products_norm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a stand-in that rounds to bf16: 8 bits, of which each product loses half of the last."""
+    product = torch.Tensor.__matmul__
+
+    def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if torch.get_float32_matmul_precision() == "medium":
+            a, b = a.bfloat16().float(), b.bfloat16().float()
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    error = float(train.medium_error(torch.device("cpu")).split()[3])
+    torch.set_float32_matmul_precision("highest")
+    assert 1e-3 < error < 4e-3
+
+
+def test_a_reference_held_in_bf16_computes_as_one_that_is_rounded_in_use(start: Path) -> None:
+    config = train.parse_args(["--data", "none", "--precision", "bf16"])
+    ranks = train.Ranks()
+    held, rounded = (ranks.build(start, config, role) for role in ("reference", "policy"))
+    types = {p.dim(): p.dtype for p in held.parameters()}
+    assert types == {1: torch.float32, 2: torch.bfloat16}
+    pairs = [([5, 6, 7], [8, 9, 10, 256], [8, 11, 12, 13, 256])]
+    for a, b in zip(lm.pair_logprobs(held, pairs), lm.pair_logprobs(rounded, pairs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_ema_in_host_memory_changes_nothing_and_wants_one_process(
+    start: Path, rows: Path, tmp_path: Path, sapo_run: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    flags = ["--model", start, "--data", rows, *SMALL, "--ema-offload"]
+    assert run(*flags, "--out", out) == 0
+    assert [row["loss"] for row in metrics(out)] == [row["loss"] for row in metrics(sapo_run)]
+    monkeypatch.setattr(train.Ranks, "__init__", lambda self: vars(self).update(world=2, rank=0))
+    capsys.readouterr()
+    assert run(*flags, "--out", tmp_path / "other") == 2
+    assert "--ema-offload is for one process" in error_line(capsys)
 
 
 def test_compiled_bf16_with_checkpointing_starts_with_ln_2_too(

@@ -71,7 +71,7 @@ def main() -> None:
             subprocess.run(command, env=environment, check=True, capture_output=True)
             found = [json.loads(f.read_text()) for f in Path(place).glob("rank-*.json")]
             used = max(x["peak"] - x["before"] for x in found[:world])
-            gathered, stepping = 4 * count * (world > 1), 4 * count / world
+            gathered, stepping = 4 * count * (world > 1), 4 * count / LAYERS / world
             formula = (20 * count / world + max(gathered, stepping)) / 2**20
             print(f"{world} ranks  {formula:7.0f}  {used:7.0f}", flush=True)
 

@@ -41,7 +41,7 @@ import sample
 import sapo
 import sgpo
 import train
-from data import Example, Pair
+from data import Example
 from model import Transformer, generate, hash_seed, pair_logprobs
 
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)  # the same ladder for every arm
@@ -59,9 +59,9 @@ class Arm:
     """A way to train; `flags` are changes to the recipe `tasks`.
 
     base: the arm whose model it starts from; "": the pre-trained start. how: "improver" is SGPO's
-    phase 1 alone, "kept" its phase 2 with other pairs (`gated`), "greedy" trains on the base's own
-    answers. rows: what it learns from (`gold_rows`); prompts: `unlabelled`. seconds: of a run with
-    its measurement, for the estimate alone.
+    phase 1 alone, "greedy" trains on the base's own answers. rows: what it learns from
+    (`gold_rows`); prompts: `unlabelled`. seconds: of a run with its measurement, for the estimate
+    alone.
     """
 
     flags: dict[str, Any] = field(default_factory=dict)
@@ -130,18 +130,18 @@ def table() -> Arms:
 def improver_and(name: str, second: Sequence[str], more: Mapping[str, Any], **arm: Any) -> Arms:
     """SGPO's phase 1, and what may come behind it; `more`: flags of both.
 
-    "kept": pairs whose improvement the model finds likelier than the answer, and those of equal
-    sides, from which ORPO's NLL learns; "greedy": with greedy answers for the model to improve.
+    "kept": `--gate --keep-identical`; "greedy": with greedy answers for the model to improve.
     "greedy nll": SFT on all of the improver's own greedy answers to the same prompts, which shows
     what mere sharpening does.
     """
     flags = train.TASKS_SGPO | {"target_source": "tasks"} | dict(more)
     orpo = flags | {"loss": "orpo", "orpo_lambda": 1.0}
+    kept = orpo | {"gate": True, "keep_identical": True}
     phases = {
         "sgpo": Arm(flags, seconds=25),
         "sgpo orpo": Arm(orpo, seconds=22),
-        "sgpo orpo, kept": Arm(orpo, how="kept", seconds=22),
-        "sgpo orpo, kept, greedy": Arm(orpo | {"temperature": 0.0}, how="kept", seconds=22),
+        "sgpo orpo, kept": Arm(kept, seconds=22),
+        "sgpo orpo, kept, greedy": Arm(kept | {"temperature": 0.0}, seconds=22),
         "greedy nll": Arm({"method": "sft"}, how="greedy", seconds=15),
     }
     arms = {"improver" + name: Arm(flags, how="improver", seconds=25, **arm)}
@@ -266,38 +266,6 @@ def metered() -> Iterator[tuple[collections.Counter[str], dict[str, list[float]]
     train.Trainer.step, train.Trainer.generate = step, write  # type: ignore[method-assign]
 
 
-@contextlib.contextmanager
-def gated() -> Iterator[None]:
-    """SGPO's rounds keep a pair of unequal sides only where the model itself finds the improvement
-    likelier than the answer, and keep those of equal sides, from which an NLL term learns."""
-    begin, write = sgpo.SGPO.begin_round, sgpo.SGPO.write
-    asked, same = list[Any](), list[Pair]()
-
-    def begin_gated(self: sgpo.SGPO, steps: int) -> None:
-        begin(self, steps)
-        both = list(zip(self.asked, self.fresh, strict=True))
-        logps = self.score([Pair(p.prompt, side, []) for p in self.fresh for side in p[1:]])
-        marks = [better > worse for better, worse in zip(logps[::2], logps[1::2], strict=True)]
-        kept = [one for one, good in zip(both, marks, strict=True) if good]
-        self.asked, self.fresh = [ask for ask, _ in kept], [pair for _, pair in kept]
-        self.metrics |= {"improve/pairs": float(len(kept))} | (self.judge() if kept else {})
-        self.pairs = [*self.fresh, *same]
-
-    def watched(self: sgpo.SGPO, prompts: Any, purpose: str, *more: Any) -> Any:
-        """Sees what is asked and answered, for `begin_round` drops the pairs of equal sides."""
-        new = write(self, prompts, purpose, *more)
-        if purpose == "answer":
-            asked[:] = zip(prompts, new[0], strict=True)
-        elif purpose == "better":
-            both = zip(asked, new[0], strict=True)
-            same[:] = [Pair(p, old, old) for (p, old), better in both if better == old]
-        return new
-
-    sgpo.SGPO.begin_round, sgpo.SGPO.write = begin_gated, watched  # type: ignore
-    yield
-    sgpo.SGPO.begin_round, sgpo.SGPO.write = begin, write  # type: ignore[method-assign]
-
-
 def execute(run: Run, out: Path) -> dict[str, Any]:
     """Trains and measures; the line for results.jsonl. Seconds are of the process's CPU time."""
     torch.set_num_threads(1)
@@ -309,8 +277,7 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
     model = Transformer.from_pretrained(base)
     began = time.process_time()
     job = train.Job(base, [], [], tokenizer, folder / "metrics.jsonl", folder / "final")
-    gate = gated() if run.arm.how == "kept" else contextlib.nullcontext()
-    with metered() as (tokens, logged), gate, contextlib.redirect_stdout(io.StringIO()):
+    with metered() as (tokens, logged), contextlib.redirect_stdout(io.StringIO()):
         if run.arm.how == "improver":
             train.train_improver(config, job, ranks, asks_of(gold_rows(run), tokenizer, True))
             (folder / "improver").rename(folder / "final")
