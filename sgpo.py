@@ -249,13 +249,16 @@ class SGPO:
         full = [one for one in made if all(read(side).strip() for side in one[1][1:])]
         kept = [one for one in full if c.keep_identical or one[1].chosen != one[1].rejected]
         same = len(full) - sum(pair.chosen != pair.rejected for _, pair in full)
-        unlikely = 0
+        before = len(kept)
         if c.gate:
-            sides = [Pair(ask.prompt, side, []) for ask, pair in kept for side in pair[1:]]
-            scores = iter(self.score(sides))
-            likely = [(one, next(scores) - next(scores)) for one in kept]  # chosen, then rejected
-            kept = [one for one, gain in likely if gain > 0 or one[1].chosen == one[1].rejected]
-            unlikely = len(likely) - len(kept)
+            unlike = [(ask.prompt, pair[1:]) for ask, pair in kept if pair.chosen != pair.rejected]
+            sides = [Pair(prompt, side, []) for prompt, both in unlike for side in both]
+            sums = iter(self.score(sides))  # of chosen, of rejected, of the next one's chosen ...
+            kept = [
+                (ask, pair)
+                for ask, pair in kept
+                if pair.chosen == pair.rejected or next(sums) > next(sums)
+            ]
         self.asked, self.fresh = [ask for ask, _ in kept], [pair for _, pair in kept]
         self.pairs = list(self.fresh)
         self.metrics = describe(self.fresh) | {
@@ -263,7 +266,7 @@ class SGPO:
             "improve/too_long": 1 - len(made) / count,
             "improve/empty": (len(made) - len(full)) / count,
             "improve/identical": same / count,
-            "improve/unlikely": unlikely / count,
+            "improve/unlikely": (before - len(kept)) / count,
         }
         if kept:
             self.metrics |= self.judge()

@@ -1,5 +1,6 @@
 """README.md is true: its commands parse, its links and files exist, its examples of change work."""
 
+import inspect
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +129,15 @@ def test_names_are_where_the_readme_links_them_to() -> None:
     linked = [(name, module) for name, module in linked if name != f"{module}.py"]
     assert len(linked) > 20
     for name, module in linked:
-        value = sys.modules[module]
-        for part in name.split("."):
-            value = getattr(value, part)
-        assert value.__module__ == module, name
+        assert attrgetter(name)(sys.modules[module]).__module__ == module, name
+
+
+def test_the_lines_beside_the_equations_stand_in_the_code_that_is_linked() -> None:
+    quoted = re.findall(r"`([^`]+)` in \[`([\w.]+)`\]\((\w+)\.py\)", PROSE)
+    assert len(quoted) > 15
+    for line, name, module in quoted:
+        code = inspect.getsource(attrgetter(name)(sys.modules[module]))
+        assert line in " ".join(code.split()), name
 
 
 def test_the_list_of_files_is_whole() -> None:
