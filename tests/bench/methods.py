@@ -288,6 +288,7 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
                 greedy = run.arm.how == "greedy"
                 examples = self_labelled(run, model, tokenizer) if greedy else gold_rows(run)
                 job.rows = [data.encode_example(tokenizer, example) for example in examples]
+                tokens["generated"] += greedy * sum(len(row.chosen) for row in job.rows)
             train.Trainer(config, job, ranks).train()
     told: dict[str, Any] = {"seconds": 0.0}  # of the start itself
     if run.rate:
