@@ -2,12 +2,17 @@
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from helpers import ROOT
+
+from data import check_answer, right_answer
 
 BENCH = ROOT / "tests" / "bench"
 
@@ -112,3 +117,49 @@ def test_sapo_prints_its_phases_and_how_they_grow(capsys: pytest.CaptureFixture[
     assert [next(iter(table[0])) for table in growth] == [
         "segment length", "batch", "vocabulary", "number of layers", "hidden size",
     ]  # fmt: skip
+
+
+def words(picture: Path) -> list[ElementTree.Element]:
+    """The texts of an SVG file."""
+    return list(ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text"))
+
+
+def test_the_pictures_are_there_small_and_bare() -> None:
+    """GitHub shows an SVG without its scripts, and fetches nothing for it."""
+    folder = BENCH / "pictures"
+    assert {path.name for path in folder.iterdir()} == set(script("pictures").PICTURES)
+    shown = re.findall(r"!\[[^]]*\]\(tests/bench/([^)]+)\)", (ROOT / "README.md").read_text())
+    assert all((BENCH / name).parent == folder and (BENCH / name).is_file() for name in shown)
+    for path in folder.iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert len(text.encode()) < 60_000
+        assert "<script" not in text and not re.search(r'(?:href|src)="(?!#)', text)
+        assert all(element.text is not None for element in words(path))
+
+
+def test_the_picture_of_a_pair_is_of_a_good_one() -> None:
+    """A + B + C is the right answer to x; A + B' + C has the same A and C, and is wrong."""
+    rows: dict[str, dict[str, str]] = {"chosen": {}, "rejected": {}}
+    for group in ElementTree.parse(BENCH / "pictures" / "pair.svg").iter():
+        if group.get("id") in rows:
+            for element in group.iter("{http://www.w3.org/2000/svg}text"):
+                part, row = element.get("class", ""), rows[group.attrib["id"]]
+                row[part] = row.get(part, "") + (element.text or "")
+    good, bad = rows["chosen"], rows["rejected"]
+    assert all(good[part] == bad[part] != "" for part in ("x", "A", "C"))
+    assert good["B"] != bad["B'"]
+    chosen, rejected = good["A"] + good["B"] + good["C"], bad["A"] + bad["B'"] + bad["C"]
+    assert chosen == right_answer(good["x"]) + "end"
+    assert rejected.endswith("end")
+    assert not check_answer(good["x"], rejected.removesuffix("end"))
+
+
+def test_the_picture_of_the_losses_is_what_the_script_draws(tmp_path: Path) -> None:
+    pictures = script("pictures")
+    files = tmp_path / "losses.svg", BENCH / "pictures" / "losses.svg"
+    pictures.write("losses.svg", None, tmp_path)
+    first = files[0].read_bytes()
+    pictures.write("losses.svg", None, tmp_path)
+    assert files[0].read_bytes() == first  # no date, no chance
+    drawn, kept = ([element.text for element in words(file)] for file in files)
+    assert drawn == kept  # titles, names, numbers at the axes
