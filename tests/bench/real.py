@@ -44,7 +44,7 @@ ARMS = {
 }
 # Seconds of a step with the defaults, for the estimate alone: half of the CPU time that one thread
 # took on a busy Xeon at 2.5 GHz. The last: of a model's measuring.
-SECONDS = {"sft": 5, "sapo-dpo": 15, "sapo-orpo": 14, "spin": 16, "sgpo-gold": 12, "": 85}
+SECONDS = {"sft": 5, "sapo-dpo": 15, "sapo-orpo": 14, "spin": 16, "sgpo-gold": 12, "": 65}
 BETA = 0.1  # of the held-out rewards, and train.py's default
 SHOWN = 10  # prompts in answers.md
 # Keys of metrics.jsonl that are shown, by what they begin with, in this order.
