@@ -193,6 +193,8 @@ def answer(flags: Flags) -> None:
             partial = Path(flags.out).with_name(f".{Path(flags.out).name}.partial")
             if Path(flags.out).is_dir():
                 raise InputError(f"--out {flags.out} is a folder; it should be a file")
+            if not partial.parent.is_dir():
+                raise InputError(f"--out {flags.out}: there is no folder {partial.parent}")
             stack.callback(partial.unlink, missing_ok=True)  # where it did not become whole
             file = stack.enter_context(partial.open("w", encoding="utf-8", errors="replace"))
         model = Transformer.from_pretrained(folder, dtype, device)

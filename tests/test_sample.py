@@ -219,3 +219,13 @@ def test_flags_that_no_judge_could_read_from_are_one_line(
     shown = capsys.readouterr().err
     assert re.fullmatch(r"error: .*\n", shown)
     assert named in shown
+
+
+def test_a_missing_folder_for_the_answers_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "none" / "a.jsonl"
+    assert ask(tmp_path, "mt_bench", "--out", str(out))[0] == 2
+    said = f"error: --out {out}: there is no folder {out.parent}\n"
+    assert capsys.readouterr().err == said
+    assert not out.parent.exists()
