@@ -6,16 +6,23 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+from helpers import GOLDEN
+
+import data
+from data import Pair
 
 FILE = Path(__file__).parent / "bench" / "methods.py"
+sys.path.append(str(FILE.parent))  # last: tests/bench has a sapo.py too
 SPEC = importlib.util.spec_from_file_location("methods", FILE)
 assert SPEC is not None and SPEC.loader is not None
 methods: Any = importlib.util.module_from_spec(SPEC)
 sys.modules["methods"] = methods  # dataclasses look their module up
 SPEC.loader.exec_module(methods)
+open_ended = methods.open_ended
 
 
 def test_a_paired_difference_and_its_standard_error_are_those_worked_by_hand():
@@ -105,3 +112,91 @@ def test_flawed_gold_is_flawed_as_often_as_said_and_its_prompts_are_the_clean_on
     assert len({e.messages[-1]["content"].split()[0] for e in methods.unlabelled(run)}) == 4
     everything = replace(run, arm=methods.Arm(prompts="all 64"))
     assert len({e.messages[-1]["content"].split()[0] for e in methods.unlabelled(everything)}) == 8
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "quality"),
+    [
+        ("rise bd", "b-d-e-h-k-l", 1.0), ("rise bd", "b-d-e", 0.25), ("rise bd", "b-d", 0.0),
+        ("rise bd", "b-d-e-d", 0.0), ("rise bd", "e-h", 0.0), ("rise bd", "b-d-eh", 0.0),
+        ("rise bd", "b-d-e-f-g-h-i", 0.0), ("rise bd", "b-d-e-m", 0.0), ("rise bd", "", 0.0),
+        ("rise bd | b-d", "b-d-k-l", 0.5), ("fall kj", "k-j-a", 0.25), ("fall kj", "k-j-k", 0.0),
+        ("free gk", "g-k-a-b", 0.5), ("free gk", "g-k-a-g", 0.0), ("again bd", "b-d-b-d", 0.5),
+        ("again bd", "b-d-b-b", 0.0), ("again bd", "b-d-b-e", 0.0), ("steps bc", "b-c-d-c-b", 0.75),
+        ("steps bc", "b-c-e", 0.0), ("swing bd", "b-d-a-l-a", 0.75), ("swing bd", "b-d-e", 0.0),
+        ("swing bda", "b-d-a-c", 0.25), ("leap ae", "a-e-i-a", 0.5), ("leap ae", "a-e-h", 0.0),
+        ("even ac", "a-c-k-a-e", 0.75), ("even ac", "a-c-d", 0.0), ("even ac", "a-c-c", 0.0),
+    ],
+)  # fmt: skip
+def test_the_quality_of_an_open_ended_answer(prompt: str, answer: str, quality: float):
+    assert open_ended.check_answer(prompt, answer) == quality
+
+
+def test_open_ended_rows_are_of_the_quality_said_and_their_splits_share_no_prompt():
+    prompts: dict[str, set[str]] = {}
+    for split in ("clean", "validation", "test", "pretrain"):
+        examples = open_ended.task_examples(split, 800, 1)
+        assert examples == open_ended.task_examples(split, 800, 1)
+        asked = [e.messages[0]["content"] for e in examples]
+        prompts[split] = set(asked)
+        marks = [open_ended.check_answer(x, e.response) for x, e in zip(asked, examples)]  # noqa: B905
+        if split == "pretrain":
+            assert 350 < sum(mark > 0 for mark in marks) < 450
+            assert set(marks) == {0.0, 0.25, 0.5, 0.75, 1.0}
+            continue
+        assert set(marks) == {0.75, 1.0}
+        for x, e in zip(asked, examples, strict=True):
+            assert open_ended.check_answer(x, e.rejected) < 0.75
+        kinds = {open_ended.task_kind(x) for x in asked}
+        assert kinds == set(open_ended.SEEN + (() if split == "clean" else open_ended.UNSEEN))
+    assert not prompts["test"] & (prompts["validation"] | prompts["pretrain"] | prompts["clean"])
+    assert not prompts["validation"] & (prompts["pretrain"] | prompts["clean"])
+    with pytest.raises(data.InputError, match="no open-ended task"):
+        open_ended.task_kind("reverse abcd")
+
+
+def test_mending_an_open_ended_draft_makes_it_better_a_letter_at_a_time():
+    rng = Random(1)
+    for example in open_ended.task_examples("pretrain", 800, 2):
+        prompt, draft = example.messages[0]["content"], example.response
+        before = open_ended.check_answer(prompt, draft)
+        mended = open_ended.mend_answer(prompt, draft, rng)
+        after = open_ended.check_answer(prompt, mended)
+        assert mended == draft if before == 1 else after > before
+        if 0 < before < 1 and mended.startswith(draft):
+            assert after == before + 0.25
+    assert open_ended.mend_answer("again bd", "b-d-b-e-b", Random(1)) == "b-d-b-d"
+
+
+def test_the_open_ended_tasks_stand_in_for_the_built_in_ones_and_leave():
+    held = data.check_answer, data.SEEN
+    with pytest.raises(KeyError), open_ended.stand_in():
+        assert data.check_answer("rise bd", "b-d-e") == 0.25
+        assert data.task_examples("clean", 1, 1)[0].where == "open:clean:0"
+        raise KeyError
+    assert (data.check_answer, data.SEEN) == held
+    with open_ended.stand_in(False):
+        assert held[1] == data.SEEN
+
+
+def test_a_rejected_side_is_as_good_where_the_checker_says_so_and_equal_sides_do_not_count():
+    tokenizer = data.load_tokenizer(GOLDEN / "start")
+
+    def pair(prompt: str, chosen: str, rejected: str) -> Pair:
+        asked = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], True)
+        both = ([*tokenizer.encode(text), *tokenizer.eos_ids] for text in (chosen, rejected))
+        return Pair(asked, *both)
+
+    pairs = [
+        pair("rise bd", "b-d-e", "b-d-f"), pair("rise bd", "b-d-e-f", "b-d-e"),
+        pair("rise bd", "b-d-e", "b-d-e-f"), pair("rise bd", "b-d-e", "b-d-e"),
+    ]  # fmt: skip
+    with open_ended.stand_in():
+        assert methods.as_good(pairs, tokenizer) == [1.0, 0.0, 1.0]
+
+
+def test_runs_on_open_ended_tasks_have_keys_and_starts_of_their_own():
+    run = methods.Run(methods.Arm(), 1e-4, 7, "test")
+    other = replace(run, arm=replace(run.arm, tasks="open"))
+    assert run.key != other.key
+    assert (run.start, other.start) == ("7", "open-7")

@@ -1,4 +1,4 @@
-"""Every method and ablation on the built-in tasks, and the search for a setting where one wins.
+"""Every method and ablation on small tasks, and the search for a setting where one wins.
 
     python tests/bench/methods.py --out DIR                    # the whole table
     python tests/bench/methods.py --out DIR --quick            # SFT and SAPO on few seeds
@@ -34,6 +34,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # a process a core; and sums that do not depend on the cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import open_ended
 import torch
 
 import data
@@ -61,7 +62,7 @@ class Arm:
     base: the arm whose model it starts from; "": the pre-trained start. how: "improver" is SGPO's
     phase 1 alone, "greedy" trains on the base's own answers. rows: what it learns from
     (`gold_rows`); prompts: `unlabelled`. seconds: of a run with its measurement, for the estimate
-    alone.
+    alone. tasks: the built-in ones, or "open" (open_ended.py).
     """
 
     flags: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class Arm:
     rows: str = "clean 128"
     prompts: str = "seen 1024"
     seconds: float = 20.0
+    tasks: str = "built-in"
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,20 @@ class Run:
         usual = train.TASKS_SGPO | {"target_source": "tasks"}
         said = {k: v for k, v in self.arm.flags.items() if usual.get(k) != v}
         told = " ".join(f"{k}={v}" for k, v in said.items())
-        return f"{self.arm.how} {told} ({self.arm.rows}) rate {self.rate:g} seed {self.seed}"
+        where = self.arm.rows if self.arm.tasks == "built-in" else f"open, {self.arm.rows}"
+        return f"{self.arm.how} {told} ({where}) rate {self.rate:g} seed {self.seed}"
+
+    @property
+    def start(self) -> str:
+        """The folder of the start among the starts."""
+        return str(self.seed) if self.arm.tasks == "built-in" else f"{self.arm.tasks}-{self.seed}"
 
     @property
     def key(self) -> str:
         """A digest of everything that the result depends on."""
         said = {k: v for k, v in asdict(self).items() if k != "base"}
-        said["arm"] = {k: v for k, v in said["arm"].items() if k not in ("seconds", "base")}
+        left_out = {"seconds", "base"} | ({"tasks"} if self.arm.tasks == "built-in" else set())
+        said["arm"] = {k: v for k, v in said["arm"].items() if k not in left_out}
         said["base"] = self.base.key if self.base else ""
         text = json.dumps(said, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -179,6 +188,22 @@ def other_values() -> Arms:
     return {"sft": sft(120)} | arms
 
 
+def open_tasks(arms: Arms) -> Arms:
+    """The same arms on open-ended tasks; SGPO's targets are those tasks' own."""
+    return {name: replace(arm, tasks="open") for name, arm in arms.items()}
+
+
+def in_short() -> Arms:
+    """A method each, SAPO on segments and on whole responses, and SFT of three lengths."""
+    names = ["dpo", "orpo", "spin", "sapo", "sapo no-segment", "improver", "sgpo", "greedy nll"]
+    whole = {"segment_length": "full"}
+    arms = {f"sft, {steps} steps": sft(steps) for steps in (60, 120, 360)}
+    arms |= {name: arm for name, arm in table().items() if name in names}
+    arms["sapo no-segment + nll"] = Arm(whole | {"nll_weight": 1.0})
+    arms["sapo no-segment orpo"] = Arm(whole | {"loss": "orpo", "orpo_lambda": 1.0})
+    return arms
+
+
 SETTINGS = {
     "table": table(),
     "quick": {"sft": sft(120), "sapo": Arm()},
@@ -188,6 +213,8 @@ SETTINGS = {
     "few-32": few("clean 32"),
     "flawed": few("clean 128 0.3", (60, 120, 360)),
     "values": other_values(),
+    "open": open_tasks(in_short()),
+    "open-unlabelled-16": open_tasks(many_prompts(16)),
 }
 
 
@@ -242,7 +269,9 @@ def asks_of(examples: Sequence[Example], tokenizer: data.Tokenizer, gold: bool) 
 
 @contextlib.contextmanager
 def metered() -> Iterator[tuple[collections.Counter[str], dict[str, list[float]]]]:
-    """Counts tokens in all trainers within, and keeps what their steps log."""
+    """Counts tokens in all trainers within, and keeps what their steps log; `rejected/as_good` is
+    the share of SAPO's and SPIN's new pairs of unequal sides whose rejected one the checker finds
+    as good as the chosen one, or better."""
     tokens: collections.Counter[str] = collections.Counter()
     logged: dict[str, list[float]] = collections.defaultdict(list)
     step, write = train.Trainer.step, train.Trainer.generate
@@ -254,6 +283,8 @@ def metered() -> Iterator[tuple[collections.Counter[str], dict[str, list[float]]
                 tokens[key] += int(value)
             elif key.startswith(("improve/", "rewards/", "pairs/", "logps/", "segment/", "loss")):
                 logged[key].append(value)
+        if isinstance(self.source, sapo.SAPO | sapo.SPIN):
+            logged["rejected/as_good"] += as_good(self.source.fresh, self.job.tokenizer)
         return row
 
     def counted_write(self: train.Trainer, *args: Any, **named: Any) -> Any:
@@ -266,10 +297,28 @@ def metered() -> Iterator[tuple[collections.Counter[str], dict[str, list[float]]
     train.Trainer.step, train.Trainer.generate = step, write  # type: ignore[method-assign]
 
 
+def as_good(pairs: Iterable[data.Pair], tokenizer: data.Tokenizer) -> list[float]:
+    """For each pair of unequal sides 1 where the rejected is as good as the chosen, else 0."""
+    marks = []
+    for pair in pairs:
+        prompt = tokenizer.decode(pair.prompt[1:-1])  # without <|user|> and <|assistant|>
+        both = (tokenizer.response_text(side) for side in (pair.chosen, pair.rejected))
+        good, bad = (data.check_answer(prompt, text) for text in both)
+        if pair.chosen != pair.rejected:
+            marks.append(float(bad >= good))
+    return marks
+
+
 def execute(run: Run, out: Path) -> dict[str, Any]:
-    """Trains and measures; the line for results.jsonl. Seconds are of the process's CPU time."""
+    """`train_and_measure`, on the arm's tasks."""
+    with open_ended.stand_in(run.arm.tasks == "open"):
+        return train_and_measure(run, out)
+
+
+def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
+    """The line for results.jsonl. Seconds are of the process's CPU time."""
     torch.set_num_threads(1)
-    folder, start = out / "runs" / run.key, out / "starts" / str(run.seed) / "start"
+    folder, start = out / "runs" / run.key, out / "starts" / run.start / "start"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut
     folder.mkdir(parents=True)
     config, tokenizer, ranks = config_of(run), data.load_tokenizer(start), train.Ranks()
@@ -296,13 +345,15 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
         model = Transformer.from_pretrained(folder / "final")
     told |= measure(model, tokenizer, run.seed, run.split) | {"generated": tokens["generated"]}
     told |= {"computed": tokens["tokens/policy"] + tokens["tokens/reference"]}
-    return told | {"logged": {key: statistics.fmean(values) for key, values in logged.items()}}
+    means = {key: statistics.fmean(values) for key, values in logged.items() if values}
+    return told | {"logged": means}
 
 
 def measure(
     model: Transformer, tokenizer: data.Tokenizer, seed: int, split: str
 ) -> dict[str, float]:
-    """Exact match in % at each temperature, their mean, and the gold's log-prob per response."""
+    """Exact match (of open-ended tasks: quality) in % at each temperature, their mean, and the
+    gold's log-prob per response."""
     told: dict[str, float] = {}
     for t in TEMPERATURES:
         shares = sample.task_accuracy(model, tokenizer, seed, t, split)
@@ -319,13 +370,14 @@ def measure(
     return told
 
 
-def pretrain(seed: int, out: Path) -> None:
-    """OUT/starts/SEED/start, as the embedded default makes it."""
+def pretrain(name: str, out: Path) -> None:
+    """OUT/starts/NAME/start as the embedded default makes it; NAME: the seed, or open- and it."""
     torch.set_num_threads(1)
-    folder = out / "starts" / str(seed)
+    folder = out / "starts" / name
     folder.mkdir(parents=True, exist_ok=True)
-    config = train.parse_args(["--seed", str(seed)])
-    with contextlib.redirect_stdout(io.StringIO()):
+    config = train.parse_args(["--seed", name.removeprefix("open-")])
+    is_open = name.startswith("open-")
+    with open_ended.stand_in(is_open), contextlib.redirect_stdout(io.StringIO()):
         train.pretrain(config, folder / "start", train.load_tokenizer(config), train.Ranks())
 
 
@@ -357,7 +409,7 @@ class Results:
     def need(self, runs: Iterable[Run]) -> None:
         """Does what is missing, and the starts that it needs."""
         wanted = self.missing(runs)
-        starts = [s for s in dict.fromkeys(run.seed for run in wanted) if not self.started(s)]
+        starts = [s for s in dict.fromkeys(run.start for run in wanted) if not self.started(s)]
         if not wanted:
             return
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -369,9 +421,9 @@ class Results:
                 self.add(run, told)
                 print(f"{n}/{len(tasks)} score {told['score']:.1f} {run.title}", flush=True)
 
-    def started(self, seed: int) -> bool:
-        """Whether the start of a seed is there."""
-        return (self.out / "starts" / str(seed) / "start").exists()
+    def started(self, start: str) -> bool:
+        """Whether that start is there."""
+        return (self.out / "starts" / start / "start").exists()
 
     def scores(self, runs: Iterable[Run]) -> list[float]:
         """The runs' scores."""
@@ -476,7 +528,9 @@ def plan(
     """How much there is to do, if each arm tries three rates."""
     count = len(arms) * (3 * len(tuning) + len(seeds))
     cost = sum(arm.seconds for arm in arms.values()) * (3 * len(tuning) + len(seeds))
-    starts = sum(not results.started(seed) for seed in {*tuning, *seeds})
+    some = next(iter(arms.values()))
+    needed = {Run(some, 0.0, seed, "test").start for seed in (*tuning, *seeds)}
+    starts = sum(not results.started(start) for start in needed)
     minutes = (cost + starts * PRETRAINING) / 60 / results.workers
     return (
         f"{starts} starts and about {count} runs, {minutes:.0f} minutes on {results.workers} idle "
@@ -513,7 +567,8 @@ def main() -> None:
         if args.validate:
             continue
         runs = {n: [lineage(arms, n, chosen, s, "test") for s in seeds] for n in arms}
-        runs = {"start": [Run(Arm(), 0.0, s, "test") for s in seeds]} | runs
+        tasks = next(iter(arms.values())).tasks
+        runs = {"start": [Run(Arm(tasks=tasks), 0.0, s, "test") for s in seeds]} | runs
         for depth in range(2):  # those that others start from first
             level = [many for many in runs.values() if (many[0].base is not None) == bool(depth)]
             results.need(run for many in level for run in many)
