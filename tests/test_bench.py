@@ -1,9 +1,12 @@
 """The benchmarks run, at a size that says nothing of speed: their tables, and what they check."""
 
+import functools
 import importlib.util
 import json
+import math
 import re
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +74,41 @@ def test_step_agrees_with_the_loop_and_trl_and_prints_its_table(
     names = [f"{s} {p} {k}" for p in ("fp32", "medium", "bf16") for k in ("fresh", "kept")
              for s in ("loop", "TRL", "ours")]  # fmt: skip
     assert [row["row"] for row in table] == names
+
+
+def test_of_a_large_shape_all_sides_recompute_and_agree_with_a_reference_that_is_kept(
+    tmp_path: Path,
+) -> None:
+    step = script("step")
+    shapes, peers = sys.modules["shapes"], sys.modules["peers"]
+    shape = shapes.SHAPES["tiny"]
+    folder, batch = shapes.write_model(shape, tmp_path, "cpu"), shapes.make_pairs(shape, 0)
+    loop, trl = (kind(folder, "cpu", True, 1e-4) for kind in (peers.Loop, peers.TRL))
+    ours = step.Ours(folder, "cpu", True, 1e-4, "fp32", [])
+    assert loop.policy.is_activation_checkpointing
+    assert trl.trainer.model.is_activation_checkpointing
+    losses = [[side.step(batch, "fp32", True) for _ in range(2)] for side in (loop, trl, ours)]
+    assert losses[0][0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_greedy_tokens_may_part_at_a_tie_and_nowhere_else() -> None:
+    generate = script("generate")
+    torch = generate.torch
+
+    class Tied:
+        """Finds tokens 1 and 2 as likely, and 0 less so."""
+
+        def model(self, tokens: Any) -> Any:
+            logits = torch.tensor([-1.0, 3.0, 3.0]).expand(1, tokens.shape[1], 3)
+            return types.SimpleNamespace(logits=logits)
+
+    bench = generate.Bench.__new__(generate.Bench)
+    bench.args = types.SimpleNamespace(device="cpu")
+    agree = functools.partial(bench.agree, Tied(), [7])
+    assert agree([1, 1, 1], [1, 1]) and agree([1, 1, 1], [1, 2, 0])
+    assert not agree([1, 1, 1], [1, 0, 1]) and not agree([1, 1], [1, 1, 1])
 
 
 def test_step_refuses_to_time_what_computes_something_else(

@@ -62,6 +62,10 @@ def test_held_out_numbers_are_those_worked_by_hand() -> None:
     assert column["weak answer: per token"] == "-2.333"  # -14 / 6
     assert column["good is likelier per token, %"] == "50.0"  # -1.5 < -1.33; -2 > -3.33
     assert column["reward accuracy, %"] == "50.0" and column["reward margin"] == "+0.100 ± 0.200"
+    assert real.preferences(start, start)["tokens: good, weak answer"] == "4.0, 3.0"
+    assert column["where good is no longer than weak"] == "-"
+    # 2 / 4 - -1 / 3 and -2 / 4 - -1 / 3 are 5/6 and -1/6
+    assert column["change per token, good less weak"] == "+0.333 ± 0.500"
     assert column["good answer: change, nats"] == "+0.00 ± 2.00"
     assert column["weak answer: change, nats"] == "-1.00 ± 0.00"
     assert column["good answer fell, %"] == "50.0" and column["weak answer fell, %"] == "100.0"

@@ -100,7 +100,8 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A digest of everything that the result depends on."""
+        """A digest of the run's settings. The code and the recipe `tasks` are not in it: after a
+        change of these take another --out."""
         said = {k: v for k, v in asdict(self).items() if k != "base"}
         left_out = {"seconds", "base"} | ({"tasks"} if self.arm.tasks == "built-in" else set())
         said["arm"] = {k: v for k, v in said["arm"].items() if k not in left_out}
@@ -492,13 +493,14 @@ def paired(values: Sequence[float], control: Sequence[float]) -> tuple[float, fl
     return mean, deviation / math.sqrt(len(differences))
 
 
-def best_control(
+def best_controls(
     arms: Mapping[str, Arm], chosen: Mapping[str, int], results: Results, seeds: Sequence[int]
-) -> str:
-    """The SFT arm, of whatever length, that is best on validation."""
+) -> list[str]:
+    """The SFT arm, of whatever length, that is best on validation; none where there is none."""
     controls = [name for name in arms if name.startswith("sft")]
     runs = {n: [lineage(arms, n, chosen, s, "validation") for s in seeds] for n in controls}
-    return max(controls, key=lambda name: statistics.fmean(results.scores(runs[name])))
+    means = {name: statistics.fmean(results.scores(many)) for name, many in runs.items()}
+    return sorted(means, key=lambda name: -means[name])[:1]
 
 
 def report(columns: Mapping[str, Mapping[str, list[float]]], controls: Sequence[str]) -> str:
@@ -547,6 +549,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many the table has [5]")
     parser.add_argument("--validate", action="store_true", help="choose rates, and stop there")
     parser.add_argument("--only", nargs="+", help="of the setting's arms these alone")
+    parser.add_argument("--against", nargs="+", metavar="ARM", help="differences are to it [sft]")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
@@ -554,11 +557,15 @@ def main() -> None:
     if args.quick:
         print("--quick: one seed to choose on and two to show; this says little")
         args.setting, tuning, seeds = ["quick"], tuning[:1], seeds[:2]
+    known = {name for setting in args.setting for name in SETTINGS[setting]}
+    if unknown := {*(args.only or []), *(args.against or [])} - known:
+        parser.error(f"no arm of {' '.join(args.setting)}: {', '.join(sorted(unknown))}")
     results = Results(args.out, args.workers)
     for setting in args.setting:
         arms = SETTINGS[setting]
         if args.only:
-            arms = {n: arm for n, arm in arms.items() if n in args.only}
+            bases = {arm.base for n, arm in arms.items() if n in args.only}
+            arms = {n: arm for n, arm in arms.items() if n in bases.union(args.only)}
         print(f"\n## {setting}: {', '.join(arms)}")
         if args.list:
             continue
@@ -572,8 +579,8 @@ def main() -> None:
         for depth in range(2):  # those that others start from first
             level = [many for many in runs.values() if (many[0].base is not None) == bool(depth)]
             results.need(run for many in level for run in many)
-        best = best_control(arms, chosen, results, tuning)
-        controls = dict.fromkeys(name for name in ("sft", best) if name in arms)
+        best = best_controls(arms, chosen, results, tuning)
+        controls = dict.fromkeys(n for n in args.against or ["sft", *best] if n in arms)
         columns = {
             name: {c: [results.known[run.key][c] for run in many] for c in COLUMNS}
             for name, many in runs.items()

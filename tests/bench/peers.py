@@ -34,7 +34,7 @@ class Loop:
         self.policy = load(folder, device).train()
         self.reference = self.policy if large else load(folder, device)
         if large:
-            self.policy.gradient_checkpointing_enable()
+            self.policy.activation_checkpointing_enable()
         self.optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=lr)
 
     def logps(self, model: Any, pairs: Sequence[Pair]) -> torch.Tensor:
@@ -92,6 +92,8 @@ class TRL:
                 optimizers=(torch.optim.RMSprop(model.parameters(), lr=lr), None),
             )
         self.trainer.current_gradient_accumulation_steps = 1  # as `train` sets it
+        if large:  # so does this
+            self.trainer.model.activation_checkpointing_enable()
 
     def rows(self, pairs: Sequence[Pair], kept: bool) -> list[dict[str, Any]]:
         """Pairs as TRL's data sets hold them: tokenized, and with precompute_ref_log_probs beside
