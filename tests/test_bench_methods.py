@@ -53,6 +53,16 @@ def test_the_rates_tried_lead_to_the_peak_and_to_both_its_neighbours(peak: int):
     assert {peak - 1, peak + 1} & set(range(len(methods.RATES))) <= tried.keys()
 
 
+def test_where_every_rate_does_harm_smaller_ones_are_tried():
+    collapsed = {3: 5.2, 4: 5.1, 5: 5.9, 6: 5.3}
+    assert methods.next_places(collapsed) == []
+    assert methods.next_places(collapsed, before=36.0) == [2]
+    assert methods.next_places(collapsed | {2: 33.0}, before=36.0) == [1]
+    assert methods.next_places(collapsed | {2: 33.0, 1: 36.5}, before=36.0) == [0]
+    assert methods.next_places(collapsed | {2: 33.0, 1: 36.5, 0: 36.1}, before=36.0) == []
+    assert methods.next_places(dict.fromkeys(range(8), 1.0), before=36.0) == []
+
+
 def test_a_run_is_known_by_all_that_its_result_depends_on_and_by_nothing_else():
     arm = methods.Arm({"loss": "orpo"}, base="improver")
     base = methods.Run(methods.Arm(), 1e-4, 1, "test")

@@ -186,7 +186,7 @@ def other_values() -> Arms:
         "replay_capacity": (128, 4096),
     }
     arms = {f"sapo, {k} {v}": Arm({k: v}) for k, values in tried.items() for v in values}
-    return {"sft": sft(120)} | arms
+    return {"sft": sft(120), "sapo": Arm()} | arms
 
 
 def open_tasks(arms: Arms) -> Arms:
@@ -447,23 +447,30 @@ def choose(scores: Mapping[int, float]) -> int:
     return max(sorted(scores), key=lambda place: scores[place])
 
 
-def next_places(scores: Mapping[int, float]) -> list[int]:
+def next_places(scores: Mapping[int, float], before: float = -math.inf) -> list[int]:
     """Which rates are to be tried: the first two; then neighbours of the best, until it has both
-    its neighbours, or is at an end of the ladder."""
+    its neighbours, or is at an end of the ladder. Where none leaves the model as good as it was
+    `before`, all do harm, and smaller ones are tried: a collapse has no slope to follow."""
     if not scores:
         return list(TRIED_FIRST)
     best = choose(scores)
-    around = {best - 1, best + 1} & set(range(len(RATES)))
-    return sorted(around - scores.keys())
+    around = {best - 1, best + 1} | ({min(scores) - 1} if scores[best] < before else set())
+    return sorted((around & set(range(len(RATES)))) - scores.keys())
 
 
 def tune(arms: Mapping[str, Arm], results: Results, seeds: Sequence[int]) -> dict[str, int]:
     """A rate for each arm; those that start from another arm wait for its."""
     chosen: dict[str, int] = {}
+    tasks = next(iter(arms.values())).tasks
+    starts = [Run(Arm(tasks=tasks), 0.0, seed, "validation") for seed in seeds]
+    results.need(starts)
+    best = {"": statistics.fmean(results.scores(starts))}  # the score that each arm begins with
     for depth in range(2):
         level = [name for name, arm in arms.items() if bool(arm.base) == bool(depth)]
         tried: dict[str, dict[int, float]] = {name: {} for name in level}
-        while wanted := {name: new for name in level if (new := next_places(tried[name]))}:
+        while wanted := {
+            name: new for name in level if (new := next_places(tried[name], best[arms[name].base]))
+        }:
             runs: dict[tuple[str, int], list[Run]] = {}
             for name, place in [(name, place) for name, new in wanted.items() for place in new]:
                 at = chosen | {name: place}
@@ -473,6 +480,7 @@ def tune(arms: Mapping[str, Arm], results: Results, seeds: Sequence[int]) -> dic
                 tried[name][place] = statistics.fmean(results.scores(many))
         for name in level:
             chosen[name] = choose(tried[name])
+            best[name] = tried[name][chosen[name]]
             told = ", ".join(f"{RATES[p]:g}: {s:.1f}" for p, s in sorted(tried[name].items()))
             print(f"{name}: rate {RATES[chosen[name]]:g} of {told}", flush=True)
     return chosen
