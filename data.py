@@ -1156,8 +1156,7 @@ def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> 
 
 def _task(split: str, index: int, kind: str, rewrite_share: float, rng: random.Random) -> Example:
     prompt = _prompt(kind, rng)
-    low, high = _SHARES[split]
-    while not low <= hash_seed("split", prompt) % 10 < high:
+    while not in_split(split, prompt):
         prompt = _prompt(kind, rng)
     answer, rejected = right_answer(prompt), None
     if split != "pretrain":
@@ -1169,6 +1168,12 @@ def _task(split: str, index: int, kind: str, rewrite_share: float, rng: random.R
     return Example(
         ({"role": "user", "content": prompt},), answer, rejected, f"task:{split}:{index}"
     )
+
+
+def in_split(split: str, prompt: str) -> bool:
+    """Whether a task's prompt is one of that split's, which its hash alone decides."""
+    low, high = _SHARES[split]
+    return low <= hash_seed("split", prompt) % 10 < high
 
 
 def _prompt(kind: str, rng: random.Random) -> str:

@@ -1,5 +1,6 @@
 """What several tests do with whole runs."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +17,19 @@ import train
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+BENCH = ROOT / "tests" / "bench"
+
+
+def script(name: str) -> Any:
+    """A benchmark as a module of its own, which finds its neighbours as when it is the script."""
+    if str(BENCH) not in sys.path:
+        sys.path.append(str(BENCH))  # last, as their sapo.py is not the product's
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def metrics(out: Path, timings: bool = False) -> list[dict[str, Any]]:

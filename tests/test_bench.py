@@ -1,7 +1,6 @@
 """The benchmarks run, at a size that says nothing of speed: their tables, and what they check."""
 
 import functools
-import importlib.util
 import json
 import math
 import re
@@ -13,26 +12,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from helpers import ROOT
+from helpers import BENCH, ROOT, script
 
 from data import check_answer, right_answer
-
-BENCH = ROOT / "tests" / "bench"
-
-
-@pytest.fixture(autouse=True)
-def bench_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when one of them is the script; last, as their sapo.py is not the product's."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCH)])
-
-
-def script(name: str) -> Any:
-    """A benchmark as a module."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def tables(text: str) -> list[list[dict[str, str]]]:

@@ -1,28 +1,19 @@
 """The statistics, the choice of rates and the resuming of tests/bench/methods.py."""
 
 import collections
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
-from helpers import GOLDEN
+from helpers import GOLDEN, script
 
 import data
 from data import Pair
 
-FILE = Path(__file__).parent / "bench" / "methods.py"
-sys.path.append(str(FILE.parent))  # last: tests/bench has a sapo.py too
-SPEC = importlib.util.spec_from_file_location("methods", FILE)
-assert SPEC is not None and SPEC.loader is not None
-methods: Any = importlib.util.module_from_spec(SPEC)
-sys.modules["methods"] = methods  # dataclasses look their module up
-SPEC.loader.exec_module(methods)
+methods = script("methods")
 open_ended = methods.open_ended
 
 
@@ -150,13 +141,14 @@ def test_open_ended_rows_are_of_the_quality_said_and_their_splits_share_no_promp
         assert examples == open_ended.task_examples(split, 800, 1)
         asked = [e.messages[0]["content"] for e in examples]
         prompts[split] = set(asked)
-        marks = [open_ended.check_answer(x, e.response) for x, e in zip(asked, examples)]  # noqa: B905
+        rows = list(zip(asked, examples, strict=True))
+        marks = [open_ended.check_answer(x, e.response) for x, e in rows]
         if split == "pretrain":
             assert 350 < sum(mark > 0 for mark in marks) < 450
             assert set(marks) == {0.0, 0.25, 0.5, 0.75, 1.0}
             continue
         assert set(marks) == {0.75, 1.0}
-        for x, e in zip(asked, examples, strict=True):
+        for x, e in rows:
             assert open_ended.check_answer(x, e.rejected) < 0.75
         kinds = {open_ended.task_kind(x) for x in asked}
         assert kinds == set(open_ended.SEEN + (() if split == "clean" else open_ended.UNSEEN))

@@ -1,22 +1,17 @@
 """tests/bench/real.py on the tiny model: its split, numbers by hand, its tables, its resuming."""
 
-import importlib.util
 import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import GOLDEN, metrics
+from helpers import GOLDEN, metrics, script
 
 import data
 import train
 
-FILE = Path(__file__).parent / "bench" / "real.py"
-SPEC = importlib.util.spec_from_file_location("real", FILE)
-assert SPEC is not None and SPEC.loader is not None
-real: Any = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(real)
+real = script("real")
 
 ROWS = str(GOLDEN / "rows.jsonl")
 

@@ -98,8 +98,8 @@ class Bench:
 
     def agree(self, theirs: Theirs, prompt: list[int], expected: list[int], new: list[int]) -> bool:
         """Whether the tokens are the first of those expected, as far as no tie parts them."""
-        at = next((i for i, (a, b) in enumerate(zip(expected, new, strict=False)) if a != b), None)
-        if at is None:
+        at = lm.common_prefix(expected, new)
+        if at == min(len(expected), len(new)):
             return len(new) <= len(expected)
         tokens = torch.tensor([prompt + expected[:at]], device=self.args.device)
         with torch.no_grad():

@@ -95,7 +95,7 @@ class Run:
 
     @property
     def start(self) -> str:
-        """The folder of the start among the starts."""
+        """The name of the start among the starts."""
         return str(self.seed) if self.arm.tasks == "built-in" else f"{self.arm.tasks}-{self.seed}"
 
     @property
@@ -196,13 +196,8 @@ def open_tasks(arms: Arms) -> Arms:
 
 def in_short() -> Arms:
     """A method each, SAPO on segments and on whole responses, and SFT of three lengths."""
-    names = ["dpo", "orpo", "spin", "sapo", "sapo no-segment", "improver", "sgpo", "greedy nll"]
-    whole = {"segment_length": "full"}
-    arms = {f"sft, {steps} steps": sft(steps) for steps in (60, 120, 360)}
-    arms |= {name: arm for name, arm in table().items() if name in names}
-    arms["sapo no-segment + nll"] = Arm(whole | {"nll_weight": 1.0})
-    arms["sapo no-segment orpo"] = Arm(whole | {"loss": "orpo", "orpo_lambda": 1.0})
-    return arms
+    names, every = ("dpo", "orpo", "spin", "improver", "sgpo", "greedy nll"), table()
+    return few("clean 128", (60, 120, 360)) | {name: every[name] for name in names}
 
 
 SETTINGS = {
@@ -220,6 +215,16 @@ SETTINGS = {
 
 
 # ----------------------------------------------------------------------------------------- one run
+
+
+def start_of(run: Run, out: Path) -> Path:
+    """The folder of the model that a run without a base starts from."""
+    return out / "starts" / run.start / "start"
+
+
+def untrained(arms: Mapping[str, Arm], seed: int, split: str) -> Run:
+    """The measurement of the start that the arms of a setting have in common."""
+    return Run(Arm(tasks=next(iter(arms.values())).tasks), 0.0, seed, split)
 
 
 def config_of(run: Run) -> train.Config:
@@ -319,7 +324,7 @@ def execute(run: Run, out: Path) -> dict[str, Any]:
 def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
     """The line for results.jsonl. Seconds are of the process's CPU time."""
     torch.set_num_threads(1)
-    folder, start = out / "runs" / run.key, out / "starts" / run.start / "start"
+    folder, start = out / "runs" / run.key, start_of(run, out)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut
     folder.mkdir(parents=True)
     config, tokenizer, ranks = config_of(run), data.load_tokenizer(start), train.Ranks()
@@ -371,15 +376,15 @@ def measure(
     return told
 
 
-def pretrain(name: str, out: Path) -> None:
-    """OUT/starts/NAME/start as the embedded default makes it; NAME: the seed, or open- and it."""
+def pretrain(run: Run, out: Path) -> None:
+    """The run's start in OUT/starts, as the embedded default makes it."""
     torch.set_num_threads(1)
-    folder = out / "starts" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    config = train.parse_args(["--seed", name.removeprefix("open-")])
-    is_open = name.startswith("open-")
+    start = start_of(run, out)
+    start.parent.mkdir(parents=True, exist_ok=True)
+    config = train.parse_args(["--seed", str(run.seed)])
+    is_open = run.arm.tasks == "open"
     with open_ended.stand_in(is_open), contextlib.redirect_stdout(io.StringIO()):
-        train.pretrain(config, folder / "start", train.load_tokenizer(config), train.Ranks())
+        train.pretrain(config, start, train.load_tokenizer(config), train.Ranks())
 
 
 # -------------------------------------------------------------------------------- many, and resume
@@ -410,7 +415,7 @@ class Results:
     def need(self, runs: Iterable[Run]) -> None:
         """Does what is missing, and the starts that it needs."""
         wanted = self.missing(runs)
-        starts = [s for s in dict.fromkeys(run.start for run in wanted) if not self.started(s)]
+        starts = [*{run.start: run for run in wanted if not self.started(run)}.values()]
         if not wanted:
             return
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -422,9 +427,9 @@ class Results:
                 self.add(run, told)
                 print(f"{n}/{len(tasks)} score {told['score']:.1f} {run.title}", flush=True)
 
-    def started(self, start: str) -> bool:
-        """Whether that start is there."""
-        return (self.out / "starts" / start / "start").exists()
+    def started(self, run: Run) -> bool:
+        """Whether the run's start is there."""
+        return start_of(run, self.out).exists()
 
     def scores(self, runs: Iterable[Run]) -> list[float]:
         """The runs' scores."""
@@ -461,8 +466,7 @@ def next_places(scores: Mapping[int, float], before: float = -math.inf) -> list[
 def tune(arms: Mapping[str, Arm], results: Results, seeds: Sequence[int]) -> dict[str, int]:
     """A rate for each arm; those that start from another arm wait for its."""
     chosen: dict[str, int] = {}
-    tasks = next(iter(arms.values())).tasks
-    starts = [Run(Arm(tasks=tasks), 0.0, seed, "validation") for seed in seeds]
+    starts = [untrained(arms, seed, "validation") for seed in seeds]
     results.need(starts)
     best = {"": statistics.fmean(results.scores(starts))}  # the score that each arm begins with
     for depth in range(2):
@@ -538,9 +542,7 @@ def plan(
     """How much there is to do, if each arm tries three rates."""
     count = len(arms) * (3 * len(tuning) + len(seeds))
     cost = sum(arm.seconds for arm in arms.values()) * (3 * len(tuning) + len(seeds))
-    some = next(iter(arms.values()))
-    needed = {Run(some, 0.0, seed, "test").start for seed in (*tuning, *seeds)}
-    starts = sum(not results.started(start) for start in needed)
+    starts = sum(not results.started(untrained(arms, s, "test")) for s in {*tuning, *seeds})
     minutes = (cost + starts * PRETRAINING) / 60 / results.workers
     return (
         f"{starts} starts and about {count} runs, {minutes:.0f} minutes on {results.workers} idle "
@@ -582,8 +584,7 @@ def main() -> None:
         if args.validate:
             continue
         runs = {n: [lineage(arms, n, chosen, s, "test") for s in seeds] for n in arms}
-        tasks = next(iter(arms.values())).tasks
-        runs = {"start": [Run(Arm(tasks=tasks), 0.0, s, "test") for s in seeds]} | runs
+        runs = {"start": [untrained(arms, s, "test") for s in seeds]} | runs
         for depth in range(2):  # those that others start from first
             level = [many for many in runs.values() if (many[0].base is not None) == bool(depth)]
             results.need(run for many in level for run in many)

@@ -21,7 +21,6 @@ SEEN = ("rise", "free", "again", "near")  # kinds that the clean set has
 UNSEEN = ("fall", "swing", "leap", "even")  # kinds that only pre-training has
 LETTERS = "abcdefghijklmnop"  # with 12 some kinds had fewer than 20 prompts in a split
 MOST = 4  # letters that an answer may add
-SPLITS = {"test": (0, 1), "validation": (1, 2), "pretrain": (2, 10), "clean": (2, 10)}  # tenths
 
 
 def _up(word: str) -> int:
@@ -138,9 +137,8 @@ def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> 
 
 
 def _example(split: str, i: int, kind: str, rewrite_share: float, rng: random.Random) -> Example:
-    low, high = SPLITS[split]
     prompt = _prompt(kind, rng)
-    while not low <= hash_seed("split", prompt) % 10 < high:
+    while not data.in_split(split, prompt):
         prompt = _prompt(kind, rng)
     rejected = None
     if split != "pretrain":

@@ -208,19 +208,18 @@ def preferences(told: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, 
         return {"tokens: good, weak answer": lengths} | column
     up = [a - b for a, b in zip(good, start["chosen"], strict=True)]
     other = [a - b for a, b in zip(bad, start["rejected"], strict=True)]
-    both = list(zip(up, other, strict=True))
     each = list(zip(up, other, n, m, strict=True))
     no_longer = [BETA * (a - b) for a, b, i, j in each if i <= j]
     return column | {
-        "reward accuracy, %": share([a > b for a, b in both]),
-        "reward margin": mean([BETA * (a - b) for a, b in both], 3),
+        "reward accuracy, %": share([a > b for a, b, *_ in each]),
+        "reward margin": mean([BETA * (a - b) for a, b, *_ in each], 3),
         "where good is no longer than weak": mean(no_longer, 3) if no_longer else "-",
         "change per token, good less weak": mean([a / i - b / j for a, b, i, j in each], 3),
         "good answer: change, nats": mean(up),
         "weak answer: change, nats": mean(other),
         "good answer fell, %": share([a < 0 for a in up]),
         "weak answer fell, %": share([b < 0 for b in other]),
-        "both fell, %": share([a < 0 and b < 0 for a, b in both]),
+        "both fell, %": share([a < 0 and b < 0 for a, b, *_ in each]),
     }
 
 

@@ -42,6 +42,7 @@ from peers import BETA, CLIP, TRL, Loop
 
 import sapo
 from data import Pair
+from model import common_prefix
 
 
 class Given(sapo.Static):
@@ -75,12 +76,6 @@ class Ours:
 
 
 SIDES = ("loop", "TRL", "ours")
-
-
-def alike(pair: Pair) -> int:
-    """How many tokens the two responses begin with alike."""
-    both = zip(pair.chosen, pair.rejected, strict=False)
-    return next((i for i, (a, b) in enumerate(both) if a != b), len(pair.chosen))
 
 
 class Bench:
@@ -126,7 +121,7 @@ class Bench:
         """Of a step, by the convention that this file begins with."""
         pairs, count = self.batches[0], 0
         if side == "ours":
-            same = [alike(p) for p in pairs]
+            same = [common_prefix(p.chosen, p.rejected) for p in pairs]
             scored = sum(len(p.chosen + p.rejected) - n for p, n in zip(pairs, same, strict=True))
             count = scored + sum(len(p.prompt) for p in pairs)
         else:
