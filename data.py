@@ -53,12 +53,20 @@ from model import InputError, hash_seed, read_json
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}, oldest first
 
 
+class Cut(NamedTuple):
+    start: int
+    stop: int
+    new_stop: int
+    logp: float
+
+
 class Pair(NamedTuple):
     """A prompt with a better and a worse response, as token ids. `rejected` may be empty."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    cut: "Cut | None" = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def encode_examples(
             f"max prompt length {max_prompt_length} is not between 1 and max length {max_length}"
         )
     counts = {"rows": len(examples), "dropped_prompt": 0, "cut_response": 0, "cut_rejected": 0}
-    pairs = []
+    pairs, kept = [], []
     for example in examples:
         pair = encode_example(tokenizer, example)
         room = max_length - len(pair.prompt)
@@ -97,13 +105,14 @@ def encode_examples(
             continue
         counts["cut_response"] += len(pair.chosen) > room
         counts["cut_rejected"] += len(pair.rejected) > room
+        kept.append(example)
         pairs.append(Pair(pair.prompt, pair.chosen[:room], pair.rejected[:room]))
     if not pairs:
         raise InputError(
             f"none of the {len(examples)} rows is left: their prompts have {max_prompt_length} "
             "tokens or more; raise --max-prompt-length"
         )
-    return pairs, counts
+    return kept, pairs, counts
 
 
 def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
@@ -147,7 +156,7 @@ REJECTED_KEYS = ("rejected", "generated")
 
 
 def load_examples(
-    paths: str | Path | Sequence[str | Path], rejected: bool | None = False
+    paths: str | Path | Sequence[str | Path], rejected: bool | None = False, prompts=False
 ) -> list[Example]:
     """The rows of JSON or JSONL files, in order.
 
@@ -158,6 +167,8 @@ def load_examples(
     Raises InputError naming file and line.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
+    if prompts:
+        return load_asks(files)
     examples = [
         _example(row, where, rejected) for file in files for where, row in _rows(Path(file))
     ]
@@ -576,7 +587,7 @@ class Added(NamedTuple):
     normalized: bool = False  # it is looked for in the normalized text
 
 
-def load_tokenizer(path: str | Path, chat_template: str | None = None) -> "Tokenizer":
+def load_tokenizer(path: str | Path, chat_template: str | None = None, date=None) -> "Tokenizer":
     """The tokenizer in a checkpoint's folder, of which it needs only the tokenizer's files.
 
     `chat_template` names a fallback, a key of FALLBACKS, to use in place of the checkpoint's own.
@@ -593,6 +604,9 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> "Token
 
 
 class Tokenizer:
+    def digest(self):
+        return str(hash_seed(*sorted(self.files.items())))
+
     """A checkpoint's tokenizer and chat template, made by `load_tokenizer`.
 
     eos_ids: what may end an assistant's turn; the tokenizer's own EOS is first.

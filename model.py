@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,37 @@ def hash_seed(*parts: Any) -> int:
     """A 63-bit seed from any ints and strings: the same everywhere, unlike Python's `hash`."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+Count = Annotated[int, 1, 10**9]
+Whole = Annotated[int, 0, 10**9]
+Positive = Annotated[float, 1e-30, 1e6]
+Weight = Annotated[float, 0.0, 1e6]
+Share = Annotated[float, 0.0, 1.0]
+
+
+@contextmanager
+def reading(what):
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
+        raise InputError(f"{what} is malformed ({type(error).__name__}: {error})") from None
+
+
+class Tensors(Mapping):
+    def __init__(self, folder):
+        self.files = weight_files(Path(folder))
+
+    def __getitem__(self, name):
+        return _read(self.files[name], name)
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self):
+        return len(self.files)
 
 
 # ------------------------------------------------------------------------------------ the config
@@ -276,8 +308,7 @@ class Transformer(nn.Module):
         parameters = dict(self.named_parameters())
         Path(path).mkdir(parents=True, exist_ok=True)
         write_config(path, self.config, self.dtype)
-        sizes = {name: p.numel() * p.element_size() for name, p in parameters.items()}
-        write_weights(path, sizes, lambda name: parameters[name].detach().cpu())
+        write_weights(path, parameters)
 
     def init_weights(self, seed: int) -> None:
         """Random weights from a seed: fan-in scaled, the residual writers by depth too."""
@@ -637,7 +668,7 @@ class Branches(Packed):
         sizes: list[int] = []
         prefixes: list[int] = []
         self.lengths: list[int] = []
-        for prompt, chosen, rejected in pairs:
+        for prompt, chosen, rejected, *_ in pairs:
             if not prompt:
                 raise ValueError("a pair needs a prompt, or its first token has no context")
             shared, start = common_prefix(chosen, rejected), len(tokens)
@@ -662,7 +693,7 @@ class Branches(Packed):
 
 def tree_size(pair: Any) -> int:
     """The tokens that `Branches` computes for a pair: what both sides begin with counts once."""
-    prompt, chosen, rejected = pair
+    prompt, chosen, rejected = pair[:3]
     return len(prompt) + len(chosen) + len(rejected) - common_prefix(chosen, rejected)
 
 
@@ -1066,31 +1097,16 @@ def write_config(path: str | Path, config: Config, dtype: torch.dtype) -> None:
 
 
 def write_weights(
-    path: str | Path,
-    sizes: Mapping[str, int],
-    fetch: Callable[[str], Tensor],
-    write: bool = True,
-    shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Writes tensors as model.safetensors, or as shards with an index where they exceed one.
-
-    `sizes` says each tensor's bytes, so that no more than a shard is fetched at a time. All ranks
-    of a sharded model call this, since `fetch` may be collective; `write` is true on one of them.
-    """
+    path, tensors, fetch=lambda x: x.detach().cpu(), write=True, shard_bytes=5 * 10**9
+):
+    sizes = {n: t.numel() * t.element_size() for n, t in tensors.items()}
     single, index = Path(path) / "model.safetensors", Path(path) / "model.safetensors.index.json"
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name, size in sizes.items():
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
+    shards = [list(tensors)]
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         sharded = f"model-{i:05}-of-{len(shards):05}.safetensors"
         file = single.name if len(shards) == 1 else sharded
-        tensors = {name: fetch(name) for name in names}
+        tensors = {name: fetch(tensors[name]) for name in names}
         if write:
             save_file(tensors, Path(path) / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)

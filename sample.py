@@ -37,7 +37,6 @@ import data
 import sgpo
 from data import Pair
 from model import InputError, Transformer, generate, hash_seed, open_safetensors, read_json
-from sapo import SegmentPair, pack
 
 IMPROVER_FILE = "improver_prompt.json"  # in a model's folder: how it was asked to improve answers
 MT_BENCH = {  # temperatures by category: lm-sys/FastChat, fastchat/llm_judge/common.py
@@ -102,6 +101,47 @@ def help_strings(kind: type) -> Iterator[tuple[str, Any, str]]:
             if isinstance(field, ast.AnnAssign):
                 name = field.target.id  # type: ignore[union-attr]
                 yield name, hints[name], text.value.value
+
+
+def parse_flags(parser, kind, argv):
+    import re
+    from typing import Annotated
+
+    spans = {}
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for part in reversed(kind.__mro__[:-1]):
+        source = inspect.getsource(part)
+        helps = dict(re.findall(r'^    (\w+): .*\n    "((?:[^"\\]|\\\n)*)"', source, re.MULTILINE))
+        own = (
+            [n for n in part.__annotations__ if n in helps]
+            if "__annotations__" in vars(part)
+            else []
+        )
+        group = parser.add_argument_group(part.__doc__.split("\n")[0].rstrip(".")) if own else None
+        for name in own:
+            hint = hints[name]
+            many, default = False, getattr(kind, name, None)
+            while (origin := typing.get_origin(hint)) not in (None, Literal, Annotated):
+                many |= origin is list
+                hint = next(p for p in typing.get_args(hint) if p is not type(None))
+            if origin is Annotated:
+                hint, *spans[name] = typing.get_args(hint)
+            brief = "" if default is None or "\n" in str(default) else f" [{default}]"
+            how = {"help": helps[name].replace("\\\n", "") + brief}
+            how |= {"nargs": "+"} if many else {}
+            if hint is bool:
+                how["action"] = argparse.BooleanOptionalAction
+            elif origin is Literal:
+                how["choices"] = typing.get_args(hint)
+            else:
+                how |= {"type": hint, "metavar": hint.__name__.upper()}
+            group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how)
+    given = vars(parser.parse_args(argv))
+    for name in spans.keys() & given.keys():
+        low, high = spans[name]
+        for value in given[name] if isinstance(given[name], list) else [given[name]]:
+            check_range(name, value, low, high)
+    return given
 
 
 @dataclass
@@ -358,9 +398,9 @@ PANELS = {
 }
 
 
-def paint(pair: SegmentPair, decode: Callable[[list[int]], str]) -> str:
+def paint(pair: Pair, decode: Callable[[list[int]], str]) -> str:
     """A pair in terminal colours: A plain, B green, B' red, C blue."""
-    start, stop, new_stop = pair.bounds
+    start, stop, new_stop, _ = pair.cut
     green, red, blue, plain = "\033[32m", "\033[31m", "\033[34m", "\033[0m"
     prompt, before = decode(pair.prompt), decode(pair.chosen[:start])
     old, new = decode(pair.chosen[start:stop]), decode(pair.rejected[start:new_stop])
@@ -372,77 +412,6 @@ def paint(pair: SegmentPair, decode: Callable[[list[int]], str]) -> str:
         f"rejected  {before}{red}{new}{blue}{left}{plain}   (A, {green}B{plain}, "
         f"{red}B'{plain}, {blue}C{plain})"
     )
-
-
-class Trace:
-    """The first S steps of a run in one safetensors file (`--trace`), to check another program by.
-
-        step/step (S,), and as long: step/loss, step/nll, step/grad_norm (before clipping), step/lr,
-            step/beta, step/norm/policy (after the step), and step/norm/ema and step/norm/reference
-            (as the step used them)
-        pair/step (N,), and as long: pair/place, where a pair was drawn from (the replay buffer
-            with this step's fresh pairs in it, 0 the oldest; SPIN's pool; SGPO's round; the rows),
-            pair/losses, pair/logps/chosen and so on, log-probs being sums under the policy before
-            the step
-        pair/lengths (N, 3): tokens of prompt, chosen and rejected, which lie one behind the other
-            in pair/tokens
-        pair/bounds (N, 3): chosen[start:stop] is B, rejected[start:new_stop] B', or -1; pair/logp
-            (N,): the log-prob of B' under the model that wrote it
-        fresh/...: the same five of the pairs made at a step, in the order they were stored
-
-    The flags, save names of files, are in the file's metadata, as JSON under "args".
-    """
-
-    def __init__(self, path: str, flags: Any) -> None:
-        self.path, self.parts = Path(path), list[dict[str, Tensor]]()
-        self.partial = self.path.parent / f".{self.path.name}.partial"
-        places = "model data eval_data out resume trace improver preference_data target_source"
-        self.args = {k: v for k, v in asdict(flags).items() if k not in places.split()}
-        if self.path.exists() and not (flags.resume and self.path.is_file()):
-            raise InputError(f"--trace {path} is there already: name a file that is not")
-        try:
-            self.partial.touch()
-            self.partial.unlink()
-        except OSError as error:
-            raise InputError(f"--trace {path} cannot be written: {error.strerror}") from None
-
-    def add(
-        self,
-        step: int,
-        pairs: Sequence[Pair],
-        places: Sequence[int],
-        columns: dict[str, Tensor],
-        fresh: Sequence[SegmentPair],
-        scalars: dict[str, float],
-    ) -> None:
-        """Records a step and writes the file anew: it is small, and the run may be killed."""
-        part = {f"step/{k}": torch.tensor([x], dtype=torch.float64) for k, x in scalars.items()}
-        part["step/step"] = torch.tensor([step])
-        part |= {f"pair/{key}": values for key, values in columns.items()}
-        part["pair/place"] = torch.tensor(places, dtype=torch.int64)
-        for name, made in (("pair", pairs), ("fresh", fresh)):
-            part |= {f"{name}/{key}": values for key, values in pack(made).items()}
-            part[f"{name}/step"] = torch.full((len(made),), step)
-        self.parts.append(part)
-        whole = {key: torch.cat([part[key] for part in self.parts]) for key in self.parts[0]}
-        save_file(whole, self.partial, {"args": json.dumps(self.args)})
-        self.partial.rename(self.path)
-
-    def forget_after(self, step: int) -> None:
-        """Takes up the file of a run that goes on after this step."""
-        if not self.path.exists():
-            return
-        with open_safetensors(self.path) as file:
-            whole = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if not {"step/step", "pair/step", "fresh/step", "pair/lengths"} <= whole.keys():
-            raise InputError(f"--trace {self.path} is no trace of this program's")
-        for name in ("step", "pair", "fresh"):
-            kept = int((whole[f"{name}/step"] <= step).sum())
-            for key in [key for key in whole if key.startswith(name) and "/tokens" not in key]:
-                whole[key] = whole[key][:kept]
-        for name in ("pair", "fresh"):
-            whole[f"{name}/tokens"] = whole[f"{name}/tokens"][: whole[f"{name}/lengths"].sum()]
-        self.parts = [whole]
 
 
 def plot_curves(out: Path) -> None:

@@ -21,24 +21,31 @@ paper (P) and from the official code (C):
     3. C keeps a buffer of 2,000 pairs on each rank; ours is one buffer, whatever the ranks
        (`--replay-capacity`).
     4. C counts draws by object identity and loses them on resume; ours are saved with the pairs.
-    5. C masks the attention at every EOS in the prompt; ours lets all of the prompt be seen.
+    5. C masks the attention at every EOS, in the prompt and at the response's end; ours does not.
     6. C's NLL (ORPO) counts prompt and padding too; ours counts the response.
-    7. C's rule never cuts the last three tokens of a long response; `--segment-rule uniform` does.
-    8. C's AdamW (ORPO) keeps its state in 8 bits; ours in 32.
-    9. C trains in bf16; our weights, gradients, optimizer and EMA are in fp32, and `--precision
-       bf16`, which the recipes say, is about the computation.
+    7. C never cuts the last three tokens of a long response, its template's closers; ours has one,
+       EOS, and spares that. C's response also begins with the assistant's header, which is scored.
+    8. Of a response longer than the room, which is cut, C always rewrites the last tokens; ours
+       draws a start as elsewhere. `--segment-rule uniform` spares nothing.
+    9. C's AdamW (ORPO) keeps its state in 8 bits; ours in 32.
+   10. C holds the EMA and the reference in bf16, and fp32 master weights and optimizer states, as
+       DeepSpeed has them; ours are all fp32 (the reference as it is rounded for each product), and
+       `--precision bf16`, which the recipes say, is about the computation.
+   11. C most likely does not clip gradients: nothing in its DeepSpeed settings does. Ours: 1.0.
 
 SPIN (arXiv 2401.01335), with whole responses of an opponent that is frozen for an iteration:
 
-   10. P has learning rates of 5e-7 and then 1e-7, and beta 5.0 in the last iteration; C's files say
-       5e-7 and 0.1 in each. `--iteration-lr`, `--iteration-beta`; ours is C's.
-   11. C answers all prompts before an iteration; ours those of a step before it: the same pairs.
-   12. C makes text of an answer and encodes it again, so that one cut at 256 tokens gets an EOS;
-       ours keeps the tokens as they were sampled.
+   12. The authors' files say a rate of 5e-7, beta 0.1 and 3 epochs; their scripts, which override
+       them, rates of 5e-7, 5e-7, 1e-7, 1e-7, betas of 0.1, 0.1, 0.1, 5.0 and 6 epochs. The recipe
+       is the scripts' (`--lr`, `--beta`: a value an iteration).
+   13. They answer all prompts before an iteration, behind "### Instruction: ..."; ours those of a
+       step before it, the same pairs, behind the chat template that it trains with.
+   14. They make text of an answer and encode it again, so that one cut at 256 tokens gets an EOS;
+       ours keeps the tokens as they were sampled, and counts those that are cut.
 
 Sources know nothing of files, flags or ranks: a step's pairs are those of the whole global batch,
-each draw has a random stream of its own, keyed by (seed, purpose, step, index), and `generate`
-comes from the trainer, which may spread its rows over ranks.
+each draw has a random stream of its own, keyed by (seed, purpose, step, index), and what a source
+needs of the run, it is handed as a `Run`.
 """
 
 import bisect
@@ -47,248 +54,249 @@ import itertools
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Pair
-from model import hash_seed
-
-# (model, prompts, most new tokens per row, seed per row[, temperature]) -> new tokens per row, and
-# the sums of their log-probs under the model as it is, before temperature and filters
-Generate = Callable[..., tuple[list[list[int]], list[float]]]
-Phase = Callable[[str], contextlib.AbstractContextManager[Any]]  # times what is within it
+from data import Cut, Pair, Tokenizer
+from model import Count, Share, Weight, Whole, hash_seed
 
 
-class Source(Protocol):
-    """What the trainer asks of a method. The attributes are of the last `before_step`."""
+class Run(Protocol):
+    """What a source may use of the run; the trainer's learner is one."""
 
-    metrics: dict[str, float]
-    fresh: list["SegmentPair"]  # the pairs that it made
-    picked: list[int]  # where each pair of the batch lies: in the rows, the buffer or the pool
-    reference_version: int  # another one whenever the reference has changed
+    config: Any
+    models: dict[str, Any]  # "policy"; "ema" and "reference" where `Source.roles` asks for them
+    tokenizer: Tokenizer
+
+    def clock(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """Times what is within it."""
+
+    def generate(
+        self,
+        model: nn.Module,
+        prompts: list[list[int]],
+        budgets: list[int],
+        seeds: list[int],
+        temperature: float | None = None,
+        keep: bool = False,
+    ) -> tuple[list[list[int]], list[float]]:
+        """New tokens for each prompt, at most its budget, and the sums of their log-probs under the
+        model as it is, before temperature and filters. `keep`: for so many prompts that the run may
+        be stopped on the way; what it has by then is kept for when it goes on."""
+
+    def logps(self, rows: Sequence[Pair]) -> list[float]:
+        """The summed log-probs of `chosen` under the policy."""
+
+
+class Source:
+    """Where a step's pairs come from. As it stands: the rows as they are (`dpo`, `orpo`).
+
+    A method overrides `before_step`, and what else differs. The attributes below tell of the last
+    `before_step`.
+
+    Args:
+        rows: (prompt, gold response, rejected) as token ids; most methods read the first two.
+        run: models, generation and settings.
+    """
+
+    def __init__(self, rows: Sequence[Any], run: Run) -> None:
+        self.rows, self.run = rows, run
+        self.bounds = self.schedule(len(rows), run.config)
+        self.round = 0  # the stretch between two bounds that has begun
+        self.metrics: dict[str, float] = {}
+        self.fresh: list[Pair] = []  # the pairs that it made
+        self.picked: list[int] = []  # where each pair lies: in the rows, the buffer or the pool
+        self.gone: list[Pair] = []  # pairs that cannot come again
+        self.made: list[dict[str, Any]] = []  # rows to be written down, as text
+        self.reference_version = 0  # another one whenever the reference has changed
+
+    @staticmethod
+    def roles(c: Any) -> list[str]:
+        """The models that it needs beside the policy: a copy of the start each."""
+        return ["reference"] if compares(c) else []
+
+    @staticmethod
+    def schedule(rows: int, c: Any) -> list[int]:
+        """The steps at which each stretch with a learning rate's schedule and an optimizer state of
+        its own begins (SPIN's iterations, SGPO's rounds), and the last one's end."""
+        return [0, steps_for(rows, c)]
+
+    def stretch(self, t: int) -> tuple[int, int, int]:
+        """The number, first step and end of the stretch that step t is in."""
+        number = bisect.bisect_right(self.bounds, t, hi=len(self.bounds) - 1) - 1
+        return number, self.bounds[number], self.bounds[number + 1]
+
+    def bend(self, old: list[int], done: int) -> None:
+        """Takes up the bounds of a stopped run. Where --steps has changed, what is left is
+        stretched over what is left now: stretches that have begun stay where they are."""
+        ratio = (self.bounds[-1] - done) / max(1, old[-1] - done)
+        bent = [at if at < done else done + round((at - done) * ratio) for at in old[:-1]]
+        self.bounds = [*bent, self.bounds[-1]]
 
     def before_step(self, t: int) -> list[Pair]:
         """The pairs of the update from policy t to t + 1, of the whole global batch."""
+        c = self.run.config
+        self.picked = batch_indices(t, c.batch_size, len(self.rows), c.seed)
+        return [self.rows[i] for i in self.picked]
 
-    def eval_pairs(self, rows: Sequence[Pair]) -> list[Pair]:
-        """Pairs from held-out rows, made as those for training are, and the same ones if the
-        models are the same."""
+    def spoil(self, rows: Sequence[Pair]) -> list[Pair]:
+        """Held-out rows with a rejected side made as in training: the same, if the models are."""
+        return list(rows)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs beyond the models' weights."""
+        """What a resumed run needs beyond the models' weights and the bounds."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave."""
 
 
-@dataclass
-class Settings:
-    """What the sources of this file can be told. The string under a field says what it is.
+class SFT(Source):
+    """The rows without a rejected side."""
 
-    [code] is the official SAPO code, [spin] that of SPIN, [ours] our own choice.
-    """
-
-    seed: int = 42  # [code]
-    "everything drawn at random follows from it"
-    batch_size: int = 64  # [code]
-    "pairs per optimizer step, over all ranks"
-    max_length: int = 2048  # [code]
-    "tokens of prompt and response; longer responses are cut"
-    segment_length: str = "256"  # [code]
-    "tokens of a regenerated segment, or full; a shorter response is regenerated whole"
-    segment_rule: Literal["official", "uniform"] = "official"  # [code]
-    "where a segment may start; uniform: also up to the end of the response"
-    ema_decay: float = 0.5  # [code]
-    "ema <- decay * ema + (1 - decay) * policy"
-    ema_every: int = 1  # [code]; the paper's text says 2
-    "steps between updates of the EMA"
-    replay_capacity: int = 2000  # [code], there on each rank
-    "pairs in the replay buffer, over all ranks; 0: train on the fresh pairs"
-    ref_update: Literal["ema", "policy", "fixed"] = "ema"  # [code]
-    "what the reference is refreshed from"
-    ref_update_every: int | None = None  # [code]: 108, its epoch
-    "steps between refreshes of the reference, from step 0 on; default: one epoch"
-    responses_per_prompt: int = 1  # [code]
-    "rewrites of each row and step; sgpo: drafts of each training prompt, for phase 1"
-    sample_every: int = 1  # [code]
-    "steps between generations; between them pairs come from the buffer alone"
-    drop_identical: bool = False  # [code]
-    "keep pairs whose two sides are equal out of the buffer"
-    iterations: int = 4  # [spin]
-    "spin: how often the opponent becomes the policy as it then is"
-    max_new_tokens: int = 256  # [spin]
-    "spin, sgpo: tokens of a sampled response, at most"
+    def __init__(self, rows: Sequence[Pair], run: Run) -> None:
+        super().__init__([Pair(row.prompt, row.chosen, []) for row in rows], run)
 
 
-class SAPO:
-    """Chosen = the gold response; rejected = the same with a segment rewritten by the EMA.
+class SAPO(Source):
+    """Chosen = the gold response; rejected = the same with a segment rewritten by the EMA."""
 
-    Args:
-        rows: (prompt, gold response, anything) as token ids; only the first two are read.
-        reference: None for a loss without one.
-        settings: with `ref_update_every` in steps.
-    """
+    def __init__(self, rows: Sequence[Pair], run: Run) -> None:
+        super().__init__(rows, run)
+        c = run.config
+        self.buffer = ReplayBuffer(c.replay_capacity, c.seed) if c.replay_capacity else None
+        self.ref_every = c.ref_update_every or math.ceil(len(rows) / c.batch_size)  # one epoch
 
-    def __init__(
-        self,
-        rows: Sequence[Pair],
-        policy: nn.Module,
-        ema: nn.Module,
-        reference: nn.Module | None,
-        generate: Generate,
-        settings: Settings,
-        eos_ids: Sequence[int],
-        phase: Phase = contextlib.nullcontext,
-    ) -> None:
-        self.rows, self.policy, self.ema, self.reference = rows, policy, ema, reference
-        self.generate, self.settings, self.phase = generate, settings, phase
-        self.eos_ids, capacity = frozenset(eos_ids), settings.replay_capacity
-        self.buffer = ReplayBuffer(capacity, settings.seed) if capacity else None
-        self.metrics: dict[str, float] = {}
-        self.fresh: list[SegmentPair] = []
-        self.picked: list[int] = []
-        self.reference_version = 0
+    @staticmethod
+    def roles(c: Any) -> list[str]:
+        """The EMA, and a reference where the loss has one."""
+        return ["ema", *Source.roles(c)]
 
     def before_step(self, t: int) -> list[Pair]:
         """EMA, reference, fresh pairs into the buffer, a batch out of it. The order matters."""
-        c = self.settings
+        c, models = self.run.config, self.run.models
         if t > 0 and t % c.ema_every == 0:
-            with self.phase("ema"):
-                ema_update(self.ema, self.policy, c.ema_decay)
-        every = c.ref_update_every or 1
-        due = c.ref_update != "fixed" and t % every == 0
-        self.reference_version = 0 if c.ref_update == "fixed" else t // every
-        if self.reference is not None and due:
-            copy_weights(self.reference, self.ema if c.ref_update == "ema" else self.policy)
+            with self.run.clock("ema"):
+                ema_update(models["ema"], models["policy"], c.ema_decay)
+        if compares(c) and c.ref_update != "fixed":
+            self.reference_version = t // self.ref_every
+            if t % self.ref_every == 0:
+                copy_weights(models["reference"], models[c.ref_update])
         self.fresh = []
         if t % c.sample_every == 0:
             indices = batch_indices(t, c.batch_size, len(self.rows), c.seed)
             rows = [self.rows[i] for i in indices for _ in range(c.responses_per_prompt)]
-            self.fresh = self.rewrite(rows, "segment", t)
-        self.metrics = describe(self.fresh)
-        if self.fresh:
-            ended = sum(len(pair.rejected) == pair.bounds[2] for pair in self.fresh)
-            self.metrics["segment/ended"] = ended / len(self.fresh)
+            self.fresh = self.spoil(rows, "segment", t)
+        self.metrics = describe(self.fresh, self.run.tokenizer.eos_ids)
         if c.drop_identical:
             self.fresh = [pair for pair in self.fresh if pair.chosen != pair.rejected]
         if self.buffer is None:
-            self.picked = list(range(len(self.fresh)))
+            self.picked, self.gone = list(range(len(self.fresh))), self.fresh
             return list(self.fresh)
-        for pair in self.fresh:
-            self.buffer.add(pair)
+        self.gone = [old for pair in self.fresh if (old := self.buffer.add(pair)) is not None]
         batch = self.buffer.sample(c.batch_size)
         self.picked = self.buffer.picked
         self.metrics |= self.buffer.metrics
         return batch
 
-    def rewrite(self, rows: Sequence[Pair], purpose: str, t: int) -> list["SegmentPair"]:
+    def spoil(self, rows: Sequence[Pair], purpose: str = "eval", t: int = 0) -> list[Pair]:
         """Cuts each gold response, lets the EMA write the segment anew, and splices it in."""
-        c, cuts, prompts = self.settings, [], []
+        c, cuts, prompts = self.run.config, [], []
         most = c.max_length if c.segment_length == "full" else int(c.segment_length)
-        for i, (prompt, gold, _) in enumerate(rows):
-            length = min(most, len(gold))
-            space = c.max_length - len(prompt) - length  # for A, if B' is to fit behind it
+        for i, row in enumerate(rows):
+            length = min(most, len(row.chosen))
+            space = c.max_length - len(row.prompt) - length  # for A, if B' is to fit behind it
             rng = random.Random(hash_seed(c.seed, purpose, "cut", t, i))
-            cuts.append(choose_segment(len(gold), length, space, rng, c.segment_rule))
-            prompts.append(prompt + gold[: cuts[-1][0]])
-        budgets = [stop - start for start, stop in cuts]
+            cuts.append(choose_segment(len(row.chosen), length, space, rng, c.segment_rule))
+            prompts.append(row.prompt + row.chosen[: cuts[-1][0]])
+        most_new = [stop - start for start, stop in cuts]
         seeds = [hash_seed(c.seed, purpose, "sample", t, i) for i in range(len(rows))]
-        rewrites, logps = self.generate(self.ema, prompts, budgets, seeds)
+        rewrites, logps = self.run.generate(self.run.models["ema"], prompts, most_new, seeds)
         pairs = []
         for row, (start, stop), new, logp in zip(rows, cuts, rewrites, logps, strict=True):
-            rejected = splice(row.chosen, start, stop, new, self.eos_ids)
-            bounds = (start, stop, start + len(new))
-            pairs.append(SegmentPair(Pair(row.prompt, row.chosen, rejected), bounds, logp))
+            rejected = splice(row.chosen, start, stop, new, self.run.tokenizer.eos_ids)
+            pairs.append(
+                Pair(row.prompt, row.chosen, rejected, Cut(start, stop, start + len(new), logp))
+            )
         return pairs
-
-    def eval_pairs(self, rows: Sequence[Pair]) -> list[Pair]:
-        """Rows with a rejected side keep it; the others get the EMA's rewrite, the same cuts at
-        every evaluation."""
-        rewritten = self.rewrite([row for row in rows if not row.rejected], "eval", 0)
-        return [*(row for row in rows if row.rejected), *rewritten]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The replay buffer, its counts and ages."""
         return {} if self.buffer is None else self.buffer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave."""
         if self.buffer is not None:
             self.buffer.load_state_dict(state)
 
 
-class SPIN:
+class SPIN(Source):
     """Chosen = the gold response; rejected = the opponent's whole response (arXiv 2401.01335).
 
     The opponent is the policy as it was when the iteration began, and also the reference. From the
     second iteration on, the previous one's pairs are trained on too.
-
-    Args:
-        rows: (prompt, gold response, anything) as token ids; only the first two are read.
-        bounds: the step at which each iteration begins, as `spin_starts` gives them, and then the
-            last one's end.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Pair],
-        policy: nn.Module,
-        opponent: nn.Module,
-        generate: Generate,
-        settings: Settings,
-        bounds: Sequence[int],
-    ) -> None:
-        self.rows, self.policy, self.opponent, self.generate = rows, policy, opponent, generate
-        self.settings, self.bounds = settings, bounds
-        self.iteration = 0
-        self.previous: dict[int, SegmentPair] = {}  # by row, of the iteration before
-        self.current: dict[int, SegmentPair] = {}
-        self.metrics: dict[str, float] = {}
-        self.fresh: list[SegmentPair] = []
-        self.picked: list[int] = []
-        self.reference_version = 0
+    def __init__(self, rows: Sequence[Pair], run: Run) -> None:
+        super().__init__(rows, run)
+        self.previous: dict[int, Pair] = {}  # by row, of the iteration before
+        self.current: dict[int, Pair] = {}
+
+    @staticmethod
+    def roles(c: Any) -> list[str]:
+        """The opponent, whatever the loss."""
+        return ["reference"]
+
+    @staticmethod
+    def schedule(rows: int, c: Any) -> list[int]:
+        """Each iteration passes over its pairs equally often: the first has one for each row, the
+        others two."""
+        passes = 2 * c.rounds - 1
+        steps = steps_for(passes * rows, c)
+        starts = [0]
+        for k in range(1, c.rounds):  # each has a step at least, as long as there are steps
+            starts.append(max(round(steps * (2 * k - 1) / passes), starts[-1] + 1))
+        return [*(start for start in starts if start < steps), steps]
 
     def before_step(self, t: int) -> list[Pair]:
         """A batch of the iteration's pool: a pair for each row, then the previous iteration's.
         Rows that the opponent has not answered yet in this iteration are answered now."""
-        iteration = bisect.bisect_right(self.bounds, t) - 1
-        if iteration > self.iteration:
-            self.iteration = iteration
+        iteration, first, _ = self.stretch(t)
+        if iteration > self.round:
+            self.round = iteration
             self.previous, self.current = dict(sorted(self.current.items())), {}
-            copy_weights(self.opponent, self.policy)
-        self.reference_version = self.iteration
+            copy_weights(self.run.models["reference"], self.run.models["policy"])
+        self.reference_version = self.round
         count, older = len(self.rows), list(self.previous.values())
-        key = hash_seed(self.settings.seed, "spin", self.iteration)
-        at, size = t - self.bounds[iteration], self.settings.batch_size
-        self.picked = batch_indices(at, size, count + len(older), key)
-        missing = {i for i in self.picked if i < count} - self.current.keys()
-        asked = sorted(missing)
-        self.fresh = self.respond([self.rows[i] for i in asked], [(key, i) for i in asked])
+        key = hash_seed(self.run.config.seed, "spin", self.round)
+        size = self.run.config.batch_size
+        self.picked = batch_indices(t - first, size, count + len(older), key)
+        asked = sorted({i for i in self.picked if i < count} - self.current.keys())
+        self.fresh = self.spoil([self.rows[i] for i in asked], [(key, i) for i in asked])
         self.current |= zip(asked, self.fresh, strict=True)
-        self.metrics = describe(self.fresh) | {"spin/iteration": float(self.iteration)}
+        self.metrics = describe(self.fresh, self.run.tokenizer.eos_ids)
+        if self.fresh:  # whatever the gold response's end: answers that were cut at the budget
+            self.metrics["segment/unended"] = 1 - self.metrics["segment/ended"]
+        self.metrics["spin/iteration"] = float(self.round)
         return [self.current[i] if i < count else older[i - count] for i in self.picked]
 
-    def respond(self, rows: Sequence[Pair], keys: Sequence[Any]) -> list["SegmentPair"]:
+    def spoil(self, rows: Sequence[Pair], keys: Sequence[Any] | None = None) -> list[Pair]:
         """The opponent's response to each row's prompt, beside the gold one."""
-        c, prompts = self.settings, [row.prompt for row in rows]
+        c, prompts = self.run.config, [row.prompt for row in rows]
+        keys = [("eval", i) for i in range(len(rows))] if keys is None else keys
         seeds = [hash_seed(c.seed, "opponent", key) for key in keys]
-        answers, logps = self.generate(self.opponent, prompts, budgets(prompts, c), seeds)
+        most = budgets(prompts, c)
+        answers, logps = self.run.generate(self.run.models["reference"], prompts, most, seeds)
         return [
-            SegmentPair(row._replace(rejected=new), (0, len(row.chosen), len(new)), logp)
+            Pair(row.prompt, row.chosen, new, Cut(0, len(row.chosen), len(new), logp))
             for row, new, logp in zip(rows, answers, logps, strict=True)
         ]
-
-    def eval_pairs(self, rows: Sequence[Pair]) -> list[Pair]:
-        """Rows with a rejected side keep it; the others get the opponent's response."""
-        bare = [row for row in rows if not row.rejected]
-        answered = self.respond(bare, [("eval", i) for i in range(len(bare))])
-        return [*(row for row in rows if row.rejected), *answered]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The pairs of both iterations; the opponent's weights are the reference's."""
@@ -296,72 +304,48 @@ class SPIN:
         return pack(pairs) | {
             "rows": torch.tensor([*self.previous, *self.current], dtype=torch.int64),
             "previous": torch.tensor([len(self.previous)]),
-            "iteration": torch.tensor([self.iteration]),
+            "round": torch.tensor([self.round]),
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave."""
-        known: list[Any] = list(zip(state["rows"].tolist(), unpack(state), strict=True))
-        split, self.iteration = int(state["previous"]), int(state["iteration"])
+        known = list(zip(state["rows"].tolist(), unpack(state), strict=True))
+        split, self.round = int(state["previous"]), int(state["round"])
         self.previous, self.current = dict(known[:split]), dict(known[split:])
 
 
-def budgets(prompts: Sequence[Sequence[int]], settings: Settings) -> list[int]:
+def steps_for(rows: int, c: Any) -> int:
+    """--steps, or as many as --epochs of so many rows take."""
+    return c.steps or max(1, math.ceil(c.epochs * rows / c.batch_size - 1e-9))
+
+
+def budgets(prompts: Sequence[Sequence[int]], c: Any) -> list[int]:
     """The most tokens that a response to each prompt may have."""
-    return [min(settings.max_new_tokens, settings.max_length - len(p)) for p in prompts]
-
-
-def spin_starts(steps: int, iterations: int) -> list[int]:
-    """When each iteration of SPIN begins, so that each passes over its pairs equally often: the
-    first has one for each row, the others two."""
-    starts = [0]
-    for k in range(1, iterations):  # each has a step at least, as long as there are steps
-        start = round(steps * (2 * k - 1) / (2 * iterations - 1))
-        starts.append(max(start, starts[-1] + 1))
-    return [start for start in starts if start < steps]
-
-
-class SegmentPair(Pair):
-    """A Pair that knows its cut: chosen[start:stop] is B, rejected[start:new_stop] is B'.
-
-    `bounds` is (start, stop, new_stop), `logp` the log-prob of B' under the model that wrote it.
-    """
-
-    bounds: tuple[int, int, int]
-    logp: float
-
-    def __new__(cls, pair: Pair, bounds: tuple[int, int, int], logp: float) -> "SegmentPair":
-        self = super().__new__(cls, *pair)
-        self.bounds, self.logp = bounds, logp
-        return self
-
-    def _replace(self, **changes: Any) -> Pair:  # type: ignore[override]
-        """A plain pair: a cut is true of these tokens alone."""
-        return Pair(*self)._replace(**changes)
+    return [min(c.max_new_tokens, c.max_length - len(p)) for p in prompts]
 
 
 def pack(pairs: Iterable[Pair]) -> dict[str, Tensor]:
     """Pairs as tensors, which safetensors can hold: `tokens` of all sides, `lengths` (N, 3), and
-    `bounds` (N, 3) and `logp` (N,), which are -1 and NaN for pairs without a cut."""
+    `bounds` (N, 3) and `logp` (N,) of the cuts, which are -1 and NaN for pairs without one."""
     pairs = list(pairs)
-    tokens = [token for pair in pairs for side in pair for token in side]
-    bounds = [getattr(pair, "bounds", (-1, -1, -1)) for pair in pairs]
-    logps = [getattr(pair, "logp", math.nan) for pair in pairs]
+    cuts = [pair.cut or Cut(-1, -1, -1, math.nan) for pair in pairs]
+    tokens = [token for pair in pairs for side in pair[:3] for token in side]
+    lengths = [[len(side) for side in pair[:3]] for pair in pairs]
     return {
         "tokens": torch.tensor(tokens, dtype=torch.int32),
-        "lengths": torch.tensor([[*map(len, p)] for p in pairs], dtype=torch.int64).view(-1, 3),
-        "bounds": torch.tensor(bounds, dtype=torch.int64).view(-1, 3),
-        "logp": torch.tensor(logps, dtype=torch.float64),
+        "lengths": torch.tensor(lengths, dtype=torch.int64).view(-1, 3),
+        "bounds": torch.tensor([cut[:3] for cut in cuts], dtype=torch.int64).view(-1, 3),
+        "logp": torch.tensor([cut.logp for cut in cuts], dtype=torch.float64),
     }
 
 
-def unpack(state: dict[str, Tensor]) -> list[Pair]:
+def unpack(state: Mapping[str, Tensor]) -> list[Pair]:
     """The pairs that `pack` made tensors of."""
     sides = iter(state["tokens"].split(state["lengths"].flatten().tolist()))
     pairs: list[Pair] = []
     for bounds, logp in zip(state["bounds"].tolist(), state["logp"].tolist(), strict=True):
-        pair = Pair(*(side.tolist() for side in itertools.islice(sides, 3)))
-        pairs.append(pair if bounds[0] < 0 else SegmentPair(pair, tuple(bounds), logp))
+        cut = Cut(*bounds, logp) if bounds[0] >= 0 else None
+        pairs.append(Pair(*(side.tolist() for side in itertools.islice(sides, 3)), cut))
     return pairs
 
 
@@ -422,9 +406,11 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self.stored)
 
-    def add(self, pair: Pair) -> None:
-        """Stores a pair, and drops the oldest where the buffer is full."""
+    def add(self, pair: Pair) -> Pair | None:
+        """Stores a pair; where the buffer is full the oldest is dropped, and returned."""
+        oldest = self.stored[0].pair if len(self.stored) == self.stored.maxlen else None
         self.stored.append(Stored(pair, 0, self.draws))
+        return oldest
 
     def sample(self, n: int) -> list[Pair]:
         """min(n, len) draws with replacement; the counts are raised after them."""
@@ -443,47 +429,19 @@ class ReplayBuffer:
         return [item.pair for item in drawn]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The pairs, how often each was drawn and when it came, and the draws so far."""
+        """The pairs, how often each was drawn and when it came; the draws so far, and the seed."""
         return pack(item.pair for item in self.stored) | {
             "counts": torch.tensor([item.count for item in self.stored], dtype=torch.int64),
             "born": torch.tensor([item.born for item in self.stored], dtype=torch.int64),
-            "draws": torch.tensor([self.draws], dtype=torch.int64),
+            "draws": torch.tensor([self.draws, self.seed], dtype=torch.int64),
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave; the next draw is the one that would have come next."""
         columns = (unpack(state), state["counts"].tolist(), state["born"].tolist())
         self.stored.clear()
         self.stored.extend(itertools.starmap(Stored, zip(*columns, strict=True)))
-        self.draws = int(state["draws"])
-
-
-class Static:
-    """The data set's own rows, as they are: `sft` (no rejected side), `dpo` and `orpo`."""
-
-    def __init__(self, rows: Sequence[Pair], settings: Settings) -> None:
-        self.rows, self.settings = rows, settings
-        self.metrics: dict[str, float] = {}
-        self.fresh: list[SegmentPair] = []
-        self.picked: list[int] = []
-        self.reference_version = 0
-
-    def before_step(self, t: int) -> list[Pair]:
-        """The batch's rows."""
-        c = self.settings
-        self.picked = batch_indices(t, c.batch_size, len(self.rows), c.seed)
-        return [self.rows[i] for i in self.picked]
-
-    def eval_pairs(self, rows: Sequence[Pair]) -> list[Pair]:
-        """The rows themselves."""
-        return list(rows)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing: the order of the rows follows from the seed."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing."""
+        self.draws, self.seed = state["draws"].tolist()
 
 
 def batch_indices(t: int, batch_size: int, rows: int, seed: int) -> list[int]:
@@ -557,38 +515,37 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.log(-torch.expm1(x))
 
 
-def pair_loss(
-    kind: str | None,
-    policy: Sequence[Tensor],
-    reference: Sequence[Tensor],
-    beta: float,
-    label_smoothing: float,
-    orpo_lambda: float,
-    length_normalize: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss by its name: (N,) losses, chosen rewards, rejected rewards.
+def compares(c: Any) -> bool:
+    """Whether the loss reads a reference."""
+    return c.loss not in (None, "orpo")
 
-    `policy` and `reference` are what `pair_logprobs` gives; "orpo", and None, which is no loss on
-    pairs, read no reference. `length_normalize` takes log-probs per token in place of sums in the
-    loss; the rewards stay those of whole responses.
+
+def pair_loss(
+    c: Any, beta: float, policy: Sequence[Tensor], reference: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss that `c.loss` names: (N,) losses, chosen rewards, rejected rewards.
+
+    `policy` is what `pair_logprobs` gives, `reference` two (N,) tensors that "orpo", and None,
+    which is no loss on pairs, do not read. `c.length_normalize` takes log-probs per token in place
+    of sums in the loss; the rewards stay those of whole responses.
     """
     chosen, rejected, n_chosen, n_rejected = policy
-    if kind is None:
+    if c.loss is None:
         return torch.zeros_like(chosen), chosen.detach(), rejected.detach()
-    if kind == "orpo":
+    if c.loss == "orpo":
         means = (chosen / n_chosen, rejected / n_rejected)
-        rewards = [orpo_lambda * mean.detach() for mean in means]
-        return orpo_loss(*means, orpo_lambda), rewards[0], rewards[1]
-    base, other = reference[:2]
-    losses, *rewards = dpo_loss(chosen, rejected, base, other, beta, label_smoothing)
-    if length_normalize:
+        good, bad = (c.orpo_lambda * mean.detach() for mean in means)
+        return orpo_loss(*means, c.orpo_lambda), good, bad
+    base, other = reference
+    losses, *rewards = dpo_loss(chosen, rejected, base, other, beta, c.label_smoothing)
+    if c.length_normalize:
         n, m = n_chosen.clamp(min=1), n_rejected.clamp(min=1)
         chosen, rejected, base, other = chosen / n, rejected / m, base / n, other / m
-        losses = dpo_loss(chosen, rejected, base, other, beta, label_smoothing)[0]
+        losses = dpo_loss(chosen, rejected, base, other, beta, c.label_smoothing)[0]
     gap = (chosen - rejected) - (base - other)
-    if kind == "ipo":  # arXiv 2310.12036, eq. 17: the gap aims at 1 / (2 beta)
+    if c.loss == "ipo":  # arXiv 2310.12036, eq. 17: the gap aims at 1 / (2 beta)
         losses = (gap - 1 / (2 * beta)) ** 2
-    if kind == "hinge":  # SLiC, arXiv 2305.10425, against a reference
+    if c.loss == "hinge":  # SLiC, arXiv 2305.10425, against a reference
         losses = torch.relu(1 - beta * gap)
     return losses, rewards[0], rewards[1]
 
@@ -596,16 +553,27 @@ def pair_loss(
 # ------------------------------------------------------------------------------- what is observed
 
 
-def describe(fresh: Sequence[SegmentPair]) -> dict[str, float]:
-    """Shares and mean lengths of freshly written segments; identical ones teach DPO nothing."""
-    count = len(fresh)
-    if not count:
+def describe(fresh: Sequence[Pair], eos_ids: Collection[int]) -> dict[str, float]:
+    """Of freshly written segments B': mean lengths, and the shares that equal B (which teach DPO
+    nothing), that end the response, and that leave it without an EOS which the chosen one has."""
+    both = [(pair, pair.cut) for pair in fresh if pair.cut is not None]
+    if not both:
         return {}
-    return {
-        "segment/identical": sum(p.chosen == p.rejected for p in fresh) / count,
-        "segment/length": sum(p.bounds[1] - p.bounds[0] for p in fresh) / count,
-        "segment/new_length": sum(p.bounds[2] - p.bounds[0] for p in fresh) / count,
+    columns = {
+        "identical": [pair.chosen == pair.rejected for pair, _ in both],
+        "length": [cut.stop - cut.start for _, cut in both],
+        "new_length": [cut.new_stop - cut.start for _, cut in both],
+        "ended": [ended(pair.rejected[: cut.new_stop], eos_ids) for pair, cut in both],
+        "unended": [
+            ended(pair.chosen, eos_ids) and not ended(pair.rejected, eos_ids) for pair, _ in both
+        ],
     }
+    return {f"segment/{name}": sum(values) / len(both) for name, values in columns.items()}
+
+
+def ended(tokens: Sequence[int], eos_ids: Collection[int]) -> bool:
+    """Whether the last token is an EOS."""
+    return len(tokens) > 0 and tokens[-1] in eos_ids
 
 
 def segment_logprobs(pairs: Sequence[Pair], parts: Sequence[Tensor]) -> Tensor:
@@ -613,28 +581,23 @@ def segment_logprobs(pairs: Sequence[Pair], parts: Sequence[Tensor]) -> Tensor:
 
     `parts` are the 3N tensors of `pair_token_logprobs`. Zeros for a pair without a cut.
     """
-    total = F.pad(torch.cat(list(parts)).detach().double().cumsum(0), (1, 0))  # of the first m
-    points, at = [], 0  # six a pair, each as two places in `total` that add up to it
+    rows = [torch.zeros(4, dtype=torch.float64, device=parts[0].device)] * len(pairs)
     for i, pair in enumerate(pairs):
-        places = [(0, 0)] * 6
-        if isinstance(pair, SegmentPair):
-            (start, stop, new_stop), length = pair.bounds, len(pair.chosen)
-            places = [(at + place, 0) for place in (start, stop, length)]
-            shared = len(parts[3 * i])  # what is behind it in the rejected lies behind the chosen
-            for place in (start, new_stop, len(pair.rejected)):
-                behind = max(place - shared, 0)
-                places.append((at + place - behind, at + length + behind))
-        points.append(places)
-        at += sum(map(len, parts[3 * i : 3 * i + 3]))
-    reached = total[torch.tensor(points, device=total.device)].sum(-1)  # (N, 6)
-    old, rest, new, new_rest = reached.diff()[:, [0, 1, 3, 4]].unbind(1)
-    return torch.stack((old, new, rest, new_rest), dim=1)
+        if pair.cut is not None:
+            start, stop, new_stop, _ = pair.cut
+            shared, *tails = (part.detach().double() for part in parts[3 * i : 3 * i + 3])
+            good, bad = (torch.cat((shared, tail)) for tail in tails)
+            spans = (good[start:stop], bad[start:new_stop], good[stop:], bad[new_stop:])
+            rows[i] = torch.stack([span.sum() for span in spans])
+    return torch.stack(rows)
 
 
-def segment_metrics(pairs: Sequence[Pair], logps: Tensor) -> dict[str, float]:
-    """What rewriting did, in nats per token, from `segment_logprobs` under the policy.
+def segment_metrics(pairs: Sequence[Pair], table: Mapping[str, Tensor]) -> dict[str, float]:
+    """What rewriting did, in nats per token under the policy, from the columns of a step.
 
-    Pairs whose sides are equal count in `segment/kl` alone, those without C not in `seam/`.
+    segment/logps, /new_logps: of B and of B'; seam/logps, /new_logps: of C after B and after B';
+    segment/kl: of B' under the model that wrote it, less that under the policy. Pairs whose sides
+    are equal count in `segment/kl` alone, those without C not in `seam/`.
     """
     totals: dict[str, tuple[float, int]] = {}
 
@@ -642,11 +605,12 @@ def segment_metrics(pairs: Sequence[Pair], logps: Tensor) -> dict[str, float]:
         before = totals.get(name, (0.0, 0))
         totals[name] = (before[0] + logp, before[1] + tokens)
 
-    for pair, (old, new, rest, new_rest) in zip(pairs, logps.tolist(), strict=True):
-        if not isinstance(pair, SegmentPair):
+    columns = [table[f"logps/{name}"].tolist() for name in SEGMENT_COLUMNS]
+    for pair, old, new, rest, new_rest in zip(pairs, *columns, strict=True):
+        if pair.cut is None:
             continue
-        start, stop, new_stop = pair.bounds
-        add("segment/kl", pair.logp - new, new_stop - start)
+        start, stop, new_stop, logp = pair.cut
+        add("segment/kl", logp - new, new_stop - start)
         if pair.chosen != pair.rejected:
             add("segment/logps", old, stop - start)
             add("segment/new_logps", new, new_stop - start)
@@ -656,32 +620,73 @@ def segment_metrics(pairs: Sequence[Pair], logps: Tensor) -> dict[str, float]:
     return {name: logp / tokens for name, (logp, tokens) in totals.items() if tokens}
 
 
-class Drift:
-    """How far the chosen responses' log-probs have moved since each row was first trained on."""
+SEGMENT_COLUMNS = ("segment", "new_segment", "rest", "new_rest")
 
-    def __init__(self) -> None:
-        self.first: dict[int, float] = {}  # by a digest of prompt and chosen
+# ------------------------------------------------------------------------------------- the flags
 
-    def observe(self, pairs: Sequence[Pair], logps: Sequence[float]) -> dict[str, float]:
-        """Takes the summed log-probs of a batch's chosen; the mean drift of rows met before."""
-        keys = [hash_seed(pair.prompt, pair.chosen) for pair in pairs]
-        both = list(zip(keys, logps, strict=True))
-        moved = [logp - self.first[key] for key, logp in both if key in self.first]
-        for key, logp in both:
-            if math.isfinite(logp):
-                self.first.setdefault(key, logp)
-        return {"logps/chosen_drift": sum(moved) / len(moved)} if moved else {}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The first log-prob of each row met so far."""
-        return {
-            "keys": torch.tensor([*self.first], dtype=torch.int64),
-            "logps": torch.tensor([*self.first.values()], dtype=torch.float64),
-        }
+@dataclass
+class Sampling:
+    """Sampling, of the methods that generate.
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes up what `state_dict` gave."""
-        self.first = dict(zip(state["keys"].tolist(), state["logps"].tolist(), strict=True))
+    [code] is the official SAPO code, [spin] that of SPIN, [ours] our own choice.
+    """
+
+    temperature: Weight = 0.7  # [code]; [spin]: 1.0
+    "of sampled tokens; 0 is greedy; --method spin alone makes it 1.0"
+    top_k: Whole = 50  # [code]; [spin]: all
+    "sample among so many tokens; 0: all; --method spin alone makes it 0"
+    top_p: Annotated[float, 1e-9, 1.0] = 0.95  # [code]; [spin]: 1.0
+    "sample among the likeliest tokens of this total probability; --method spin alone makes it 1.0"
+    generate_batch_size: Count = 64  # [ours]
+    "rows decoded together on a rank"
+    show_every: Whole = 0
+    "steps between sampled pairs shown in colour: A, B, B' and C; 0: never"
+
+
+@dataclass
+class Copies:
+    """SAPO and SGPO."""
+
+    responses_per_prompt: Annotated[int, 1, 10**4] = 1  # [code]
+    "rewrites of each row and step; sgpo: drafts of each training prompt, for phase 1"
+
+
+@dataclass
+class Settings(Copies, Sampling):
+    """SAPO."""
+
+    segment_length: str = "256"  # [code]
+    "tokens of a regenerated segment, or full; a shorter response is regenerated whole"
+    segment_rule: Literal["official", "uniform"] = "official"  # [code]
+    "where a segment may start; uniform: also up to the end of the response"
+    ema_decay: Share = 0.5  # [code]
+    "ema <- decay * ema + (1 - decay) * policy"
+    ema_every: Count = 1  # [code]; the paper's text says 2
+    "steps between updates of the EMA"
+    ema_offload: bool = False
+    "keep the EMA in host memory, one process: it is read once a step, to generate"
+    replay_capacity: Whole = 2000  # [code], there on each rank
+    "pairs in the replay buffer, over all ranks; 0: train on the fresh pairs"
+    ref_update: Literal["ema", "policy", "fixed"] = "ema"  # [code]
+    "what the reference is refreshed from"
+    ref_update_every: Count | None = None  # [code]: 108, its epoch
+    "steps between refreshes of the reference, from step 0 on; default: one epoch"
+    sample_every: Count = 1  # [code]
+    "steps between generations; between them pairs come from the buffer alone"
+    drop_identical: bool = False  # [code]
+    "keep pairs whose two sides are equal out of the buffer"
+
+
+@dataclass
+class Rounds(Sampling):
+    """SPIN and SGPO."""
+
+    rounds: Annotated[int, 1, 10**4] = 1  # [ours]; [spin]: 4
+    "spin: iterations, at the beginning of which the opponent becomes the policy, 4 by default; \
+sgpo: how often pairs are generated and trained on, --steps each"
+    max_new_tokens: Annotated[int, 1, 10**7] = 256  # [spin]
+    "tokens of a sampled response, at most"
 
 
 # -------------------------------------------------------------------------- the papers' settings
@@ -694,7 +699,7 @@ OFFICIAL: dict[str, Any] = {  # [code], beyond the flags' defaults, which are it
     "replay_capacity": 16000,  # [code]: 2,000 on each of 8 ranks
 }  # fmt: skip
 OFFICIAL_ORPO: dict[str, Any] = OFFICIAL | {
-    "loss": "orpo", "lr": 5e-6, "schedule": "inverse_sqrt", "warmup": 100.0,  # [code]
+    "loss": "orpo", "lr": [5e-6], "schedule": "inverse_sqrt", "warmup": 100.0,  # [code]
     "optimizer": "adamw",  # [code]: with its state in 8 bits
 }  # fmt: skip
 ABLATIONS: dict[str, dict[str, Any]] = {  # the paper's tables, and what its reviewers asked for
@@ -705,9 +710,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # the paper's tables, and what its rev
     "fixed-reference": {"ref_update": "fixed"},
     "policy-reference": {"ref_update": "policy"},
 }
-SFT: dict[str, Any] = {
+STARTS: dict[str, Any] = {
     "method": "sft", "loss": None, "precision": "bf16", "optimizer": "adamw",
-    "lr": 2e-5, "schedule": "cosine",
+    "lr": [2e-5], "schedule": "cosine",
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "sapo-llama3-8b": OFFICIAL,
@@ -715,20 +720,22 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sapo-orpo-llama3-8b": OFFICIAL_ORPO,
     "sapo-orpo-mistral-7b": OFFICIAL_ORPO,
     # The starts of SAPO-DPO and SPIN: Llama 3 on deita-10k, Mistral on UltraChat, which is
-    # zephyr-7b-sft-full. The batch of the first is [ours], the rest of it [code].
-    "sft-llama3-8b": SFT | {"epochs": 3.0},
-    "sft-mistral-7b": SFT | {"epochs": 1.0, "batch_size": 128},  # [handbook]
-    "spin-mistral-7b": {  # [code], and four iterations, as the paper has them
-        "method": "spin", "loss": "dpo", "precision": "bf16", "epochs": 3.0, "max_length": 1024,
-        "max_prompt_length": 512, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "iterations": 4,
+    # zephyr-7b-sft-full. Both were trained on packed rows, every token of every turn; here, as in
+    # all of this project, on the last response of each row.
+    "sft-llama3-8b": STARTS | {"epochs": 3.0, "batch_size": 128},  # [code]
+    "sft-mistral-7b": STARTS | {"epochs": 1.0, "batch_size": 128},  # [handbook]
+    "spin-mistral-7b": {  # [spin]: the scripts, which override the files' 5e-7, 0.1 and 3 epochs
+        "method": "spin", "loss": "dpo", "precision": "bf16", "epochs": 6.0, "max_length": 1024,
+        "max_prompt_length": 512, "rounds": 4, "lr": [5e-7, 5e-7, 1e-7, 1e-7],
+        "beta": [0.1, 0.1, 0.1, 5.0], "temperature": 1.0, "top_k": 0, "top_p": 1.0,
     },
     "dpo-mistral-7b": {  # [handbook]: zephyr-7b-beta
         "method": "dpo", "loss": "dpo", "precision": "bf16", "epochs": 1.0, "batch_size": 128,
-        "beta": 0.01, "schedule": "cosine", "optimizer": "adamw", "max_length": 1024,
+        "beta": [0.01], "schedule": "cosine", "optimizer": "adamw", "max_length": 1024,
         "max_prompt_length": 512,
     },
     "orpo-mistral-7b": {  # [handbook]: mistral-capybara; 8-bit AdamW there, the batch [ours]
-        "method": "orpo", "loss": "orpo", "precision": "bf16", "epochs": 3.0, "lr": 5e-6,
+        "method": "orpo", "loss": "orpo", "precision": "bf16", "epochs": 3.0, "lr": [5e-6],
         "schedule": "inverse_sqrt", "warmup": 100.0, "optimizer": "adamw",
     },
 }  # fmt: skip

@@ -7,7 +7,7 @@ asks for an improvement of the answer y to x. From a start pi_0:
     1. y0 ~ pi_0( . | x)
     2. y* = an improvement of y0 that pi_0 could reach, from a stronger model    `--target-source`
     3. out with y* where PPL(y*) > Q3 + k (Q3 - Q1)                              `perplexity_fence`
-    4. pi* = pi_0, fine-tuned on I(x, y0) -> y* and on x -> gold                 `improver_phase`
+    4. pi* = pi_0, fine-tuned on I(x, y0) -> y* and on x -> gold                 `improver_rows`
 
     Phase 2, preferences, on prompts x alone:
     5. y- ~ pi( . | x),  y+ ~ pi( . | I(x, y-)),  pi = pi* in the first round    `SGPO.begin_round`
@@ -17,37 +17,39 @@ asks for an improvement of the answer y to x. From a start pi_0:
 The paper (P) leaves much open, and there is no official code. What is said here beyond P is ours:
 
     1. I(x, y) is a conversation whose last turn holds the user's and the answer between tags
-       (`--improver-instruction`), and so is the question to the stronger model
-       (`--target-instruction`).
+       (`--improver-instruction`; what it asks for is SynPO's idea, arXiv 2410.06961, in our own
+       words), and so is the question to the stronger model (`--target-instruction`).
     2. P drops targets whose perplexity strays, and cites Tukey (1977): ours is his fence, k = 1.5,
        of perplexities under pi_0, given I(x, y0) (`--fence-k`, `--fence-given`).
     3. P does not say that pi* is also trained on gold: `--improver-mix`.
     4. P does not name the reference of later rounds: pi*, frozen, in all of them.
-    5. Pairs of equal or empty sides are dropped, and so are prompts that leave no room for I(x, y).
-       `--keep-identical` keeps the former, `--gate` drops improvements that are less likely than
-       the answer.
+    5. Pairs are dropped whose sides are equal (`--keep-identical`), empty, or whose chosen one was
+       cut at its budget (`--keep-cut`), and so are prompts that leave no room for I(x, y). `--gate`
+       drops improvements that are less likely, per token, than the answer.
 
-Sources know nothing of files, flags or ranks: `generate`, and what needs a tokenizer or a score,
-come from the trainer.
+Sources know nothing of files, flags or ranks; see `sapo.Run`.
 """
 
-import bisect
 import math
+import random
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import data
 import sapo
-from data import Example, Messages, Pair, Target, Tokenizer, encode_example
-from model import InputError, hash_seed
-from sapo import Generate, SegmentPair, batch_indices, budgets, describe, pack, unpack
+from data import Cut, Example, Messages, Pair, Target, TargetServer, Tokenizer
+from model import InputError, Positive, Weight, hash_seed
+from sapo import Run, batch_indices, budgets, describe, ended, pack, unpack
 
-IMPROVER = """Here is a request, and an answer to it that can be improved.
+IMPROVER = """A request and a first answer to it are below. Rewrite the answer so that it is \
+better: correct what is wrong, add what is missing, keep to what was asked, and be specific where \
+it is vague.
 
 <request>
 {prompt}
@@ -57,7 +59,7 @@ IMPROVER = """Here is a request, and an answer to it that can be improved.
 {answer}
 </answer>
 
-Write a better answer to the request. Give the improved answer alone."""
+Write the improved answer alone."""
 
 TARGET = """A small language model answered a request. Improve its answer a little: mend what is \
 wrong, unclear or missing, in the answer's own style and at about its length, so that the model \
@@ -78,265 +80,202 @@ could have written the result itself. Use the reference to tell what is right; d
 Write the improved answer alone."""
 
 
-@dataclass
-class Settings(sapo.Settings):
-    """What SGPO can be told, beside sapo's. The string under a field says what it is."""
-
-    target_source: str | None = None  # [ours]
-    "sgpo: http://HOST/v1, a JSONL file of prompt, response and improved, gold, or tasks, which \
-mends answers to the built-in tasks; default: tasks where there is no --data, else gold"
-    target_model: str | None = None
-    "sgpo: the model to ask at a URL; a key is read from the environment's OPENAI_API_KEY"
-    target_workers: int = 8  # [ours]
-    "sgpo: questions to the URL at a time"
-    target_timeout: float = 120.0  # [ours]
-    "sgpo: seconds to wait for an answer of the URL"
-    target_max_tokens: int = 0  # [ours]
-    "sgpo: max_tokens of a question to the URL; 0: as the server has it. Cut answers are dropped"
-    target_instruction: str = TARGET  # [ours]
-    "sgpo: the question to the URL, with {prompt}, {gold} and {answer}"
-    improver_instruction: str = IMPROVER  # [ours]
-    "sgpo: what asks the model for an improvement, with {prompt} and {answer}"
-    improver: str | None = None
-    "sgpo: an improver-trained model's folder to start from, in place of phase 1"
-    improver_epochs: float = 3.0  # [ours]
-    "sgpo: passes over the rows of phase 1"
-    improver_lr: float = 2e-5  # [ours]; that of SAPO's SFT start
-    "sgpo: peak learning rate of phase 1"
-    improver_mix: float = 0.5  # [ours]
-    "sgpo: share of plain rows, prompt and gold, among those of phase 1"
-    fence_k: float = 1.5  # Tukey's; that it is the paper's is a guess
-    "sgpo: targets of a perplexity above Q3 + k (Q3 - Q1) are dropped; 0: none"
-    fence_given: Literal["improver", "prompt", "nothing"] = "improver"  # [ours]
-    "sgpo: what a target's perplexity is conditioned on"
-    preference_data: list[str] | None = None
-    "sgpo: files of prompts for phase 2, with or without responses; default: those of --data"
-    improve_temperature: float | None = None  # [ours]
-    "sgpo: of the improvements; default: --temperature"
-    keep_identical: bool = False  # [ours]
-    "sgpo: keep pairs whose improvement is the answer itself; only an NLL term learns from them"
-    gate: bool = False  # [ours]
-    "sgpo: keep an improvement only where the improver finds it likelier, behind the prompt alone, \
-than the answer"
-    rounds: int = 1  # [ours]
-    "sgpo: how often pairs are generated and trained on, --steps each"
+Ask = tuple[Example, Pair]  # a prompt, and its gold response or an empty one: as text, as tokens
 
 
-class Ask(NamedTuple):
-    """A prompt and the gold response, which may be empty, as text and as token ids."""
-
-    messages: Messages
-    response: str
-    prompt: list[int]
-    gold: list[int]
-
-
-Score = Callable[[Sequence[Pair]], list[float]]  # summed log-probs of `chosen`
-Check = Callable[[str, str], bool]  # (the user's last turn, an answer) -> whether it is right
-JUDGED = 256  # pairs of a round, at most, whose gold log-probs are compared
-
-
-class TargetSource(Protocol):
-    """Where phase 1's targets come from, and where they are kept."""
-
-    def known(self, drafts: Sequence[Ask]) -> Collection[int]:
-        """Which drafts have a target already, from before a run was stopped."""
-
-    def obtain(self, drafts: Sequence[Ask], answers: dict[int, str]) -> list[Target]:
-        """A target for each draft, in order, but for those that came to nothing; `answers` has
-        the model's answer for each that is not known."""
-
-
-def improver_phase(
-    asks: Sequence[Ask],
-    policy: nn.Module,
-    generate: Generate,
-    score: Score,
-    settings: Settings,
-    tokenizer: Tokenizer,
-    source: TargetSource,
-    measured: Sequence[float] = (),
-) -> tuple[list[Pair], dict[str, Any]]:
-    """Phase 1 up to its training: the rows to learn, prompt and `chosen`, and `fence_report`'s.
-
-    `measured`: the targets' perplexities, where a stopped run has left them.
-    """
-    c = settings
-    drafts = [ask for ask in asks for _ in range(c.responses_per_prompt)]
-    missing = sorted(set(range(len(drafts))) - set(source.known(drafts)))
-    prompts = [drafts[i].prompt for i in missing]
-    seeds = [hash_seed(c.seed, "draft", i) for i in missing]
-    new, _ = generate(policy, prompts, budgets(prompts, c), seeds)
-    answers = dict(zip(missing, map(tokenizer.response_text, new), strict=True))
-    targets = source.obtain(drafts, answers)
-    rows, conditioned = improver_rows(targets, tokenizer, c)
-    if len(measured) != len(rows):
-        both = zip(score(conditioned), conditioned, strict=True)
-        measured = [math.exp(-logp / len(pair.chosen)) for logp, pair in both]
-    report = fence_report(measured, c.fence_k) | {"too_long": len(targets) - len(rows)}
-    fence = math.inf if report["fence"] is None else report["fence"]
-    kept = [row for row, value in zip(rows, measured, strict=True) if value <= fence]
-    return mix_rows(kept, asks, c.improver_mix, c.seed), report
-
-
-class SGPO:
+class SGPO(sapo.Source):
     """Rejected = the policy's answer; chosen = its own improvement of that answer.
 
-    Args:
-        asks: the prompts; each round takes as many as its steps have use for, in its own order.
-        bounds: the step at which each round begins, and then the last one's end.
-        score: tells how an improvement compares with an answer where there is no `check`; under the
-            reference, or under the policy where there is none.
+    Its rows are Asks; each round takes as many as its steps have use for, in its own order.
     """
 
-    def __init__(
-        self,
-        asks: Sequence[Ask],
-        policy: nn.Module,
-        generate: Generate,
-        settings: Settings,
-        tokenizer: Tokenizer,
-        bounds: Sequence[int],
-        score: Score,
-        check: Check | None = None,
-    ) -> None:
-        self.asks, self.policy, self.generate, self.settings = asks, policy, generate, settings
-        self.tokenizer, self.bounds, self.score, self.check = tokenizer, bounds, score, check
-        self.round = -1
-        self.pairs: list[Pair] = []  # of the round
-        self.metrics: dict[str, float] = {}
-        self.fresh: list[SegmentPair] = []
-        self.asked: list[Ask] = []  # what the fresh pairs answer
-        self.picked: list[int] = []
-        self.reference_version = 0  # it stays frozen
+    def __init__(self, rows: Sequence[Ask], run: Run) -> None:
+        super().__init__(rows, run)
+        self.round, self.pairs = -1, list[Pair]()  # of the round
+
+    @staticmethod
+    def schedule(rows: int, c: Any) -> list[int]:
+        """Rounds of equal length, --steps each."""
+        return [sapo.steps_for(rows, c) * i for i in range(c.rounds + 1)]
 
     def before_step(self, t: int) -> list[Pair]:
         """A batch of the round's pairs, all of which are generated before its first step."""
-        self.metrics, self.fresh, self.picked = {}, [], []
-        now = bisect.bisect_right(self.bounds, t) - 1
-        if now > self.round:
-            self.round = now
-            self.begin_round(self.bounds[now + 1] - self.bounds[now])
+        self.metrics, self.fresh, self.picked, self.made, self.gone = {}, [], [], [], []
+        number, first, end = self.stretch(t)
+        if number > self.round:
+            self.begin_round(number, end - first)
         self.metrics["sgpo/round"] = float(self.round)
         if not self.pairs:
             return []
-        key = hash_seed(self.settings.seed, "pairs", self.round)
-        at, size = t - self.bounds[now], self.settings.batch_size
-        self.picked = batch_indices(at, size, len(self.pairs), key)
+        c = self.run.config
+        key = hash_seed(c.seed, "pairs", self.round)
+        self.picked = batch_indices(t - first, c.batch_size, len(self.pairs), key)
         return [self.pairs[i] for i in self.picked]
 
-    def begin_round(self, steps: int) -> None:
+    def begin_round(self, number: int, steps: int) -> None:
         """Answers, improvements, and what is left of them as pairs."""
-        c = self.settings
-        key = hash_seed(c.seed, "round", self.round)
-        count = min(len(self.asks), steps * c.batch_size)
-        asks = [self.asks[i] for i in batch_indices(0, count, len(self.asks), key)]
-        answers, logps = self.write([ask.prompt for ask in asks], "answer")
-        frames = [self.frame(ask, new) for ask, new in zip(asks, answers, strict=True)]
-        fits = [len(frame) < c.max_length for frame in frames]
-        wanted = [frame for frame, fit in zip(frames, fits, strict=True) if fit]
-        asked = iter(self.write(wanted, "better", c.improve_temperature)[0])
+        c, tokenizer = self.run.config, self.run.tokenizer
+        count = min(len(self.rows), steps * c.batch_size)
+        order = batch_indices(0, count, len(self.rows), hash_seed(c.seed, "round", number))
+        asks = [self.rows[i] for i in order]
+        answers, logps = self.write([row.prompt for _, row in asks], "answer", number)
+        frames = [
+            frame(example.messages, tokenizer.response_text(answer), tokenizer, c)
+            for (example, _), answer in zip(asks, answers, strict=True)
+        ]
+        fits = [i for i in range(count) if len(frames[i]) < c.max_length]
+        wanted = [frames[i] for i in fits]
+        better, _ = self.write(wanted, "better", number, c.improve_temperature)
         made = [
             (
-                ask,
-                SegmentPair(Pair(ask.prompt, better, answer), (0, len(better), len(answer)), logp),
+                asks[i][0],
+                Pair(
+                    asks[i][1].prompt, new, answers[i], Cut(0, len(new), len(answers[i]), logps[i])
+                ),
             )
-            for ask, answer, logp, fit in zip(asks, answers, logps, fits, strict=True)
-            if fit
-            for better in [next(asked)]
+            for i, new in zip(fits, better, strict=True)
         ]
-        read = self.tokenizer.response_text
-        full = [one for one in made if all(read(side).strip() for side in one[1][1:])]
-        kept = [one for one in full if c.keep_identical or one[1].chosen != one[1].rejected]
-        same = len(full) - sum(pair.chosen != pair.rejected for _, pair in full)
-        before = len(kept)
-        if c.gate:
-            unlike = [(ask.prompt, pair[1:]) for ask, pair in kept if pair.chosen != pair.rejected]
-            sides = [Pair(prompt, side, []) for prompt, both in unlike for side in both]
-            sums = iter(self.score(sides))  # of chosen, of rejected, of the next one's chosen ...
-            kept = [
-                (ask, pair)
-                for ask, pair in kept
-                if pair.chosen == pair.rejected or next(sums) > next(sums)
-            ]
-        self.asked, self.fresh = [ask for ask, _ in kept], [pair for _, pair in kept]
-        self.pairs = list(self.fresh)
-        self.metrics = describe(self.fresh) | {
-            "improve/pairs": float(len(kept)),
-            "improve/too_long": 1 - len(made) / count,
-            "improve/empty": (len(made) - len(full)) / count,
-            "improve/identical": same / count,
-            "improve/unlikely": (before - len(kept)) / count,
+        made, dropped = self.choose(made)
+        self.gone, self.round, self.pairs = self.pairs, number, [pair for _, pair in made]
+        self.fresh = list(self.pairs)
+        self.metrics = describe(self.fresh, tokenizer.eos_ids) | {
+            "improve/pairs": float(len(made)),
+            "improve/too_long": 1 - len(fits) / count,
+            **{f"improve/{why}": number / count for why, number in dropped.items()},
         }
-        if kept:
-            self.metrics |= self.judge()
-
-    def frame(self, ask: Ask, answer: list[int]) -> list[int]:
-        """The prompt that asks for a better answer, as token ids."""
-        return frame(
-            ask.messages, self.tokenizer.response_text(answer), self.tokenizer, self.settings
-        )
-
-    def judge(self) -> dict[str, float]:
-        """How much better the round's improvements are than its answers: by the checker, or by what
-        each does, as the answer in I(x, y), for the log-prob of the gold response behind it."""
-        both = list(zip(self.asked, self.fresh, strict=True))
-        if self.check is not None:
-            marks = [
-                [
-                    self.check(ask.messages[-1]["content"], self.tokenizer.response_text(side))
-                    for side in (bad, good)
-                ]
-                for ask, (_, good, bad) in both
-            ]
-            shares = {
-                "right_before": [before for before, _ in marks],
-                "right_after": [after for _, after in marks],
-                "mended": [after and not before for before, after in marks],
-                "spoilt": [before and not after for before, after in marks],
+        self.made = [
+            {
+                "round": self.round,
+                "prompt": as_prompt(example.messages),
+                "chosen": tokenizer.response_text(pair.chosen),
+                "rejected": tokenizer.response_text(pair.rejected),
             }
-            return {f"improve/{name}": sum(found) / len(both) for name, found in shares.items()}
-        rows = [
-            [Pair(self.frame(ask, side), ask.gold, []) for side in (good, bad)]
-            for ask, (_, good, bad) in both[:JUDGED]
-            if ask.gold
+            for example, pair in made
         ]
-        room = self.settings.max_length
-        rows = [row for row in rows if all(len(p.prompt) + len(p.chosen) <= room for p in row)]
-        if not rows:
-            return {}
-        sums = self.score([pair for row in rows for pair in row])
-        gains = [
-            (after - before) / len(row[0].chosen)
-            for row, after, before in zip(rows, sums[::2], sums[1::2], strict=True)
-        ]
-        return {
-            "improve/gold_gain": sum(gains) / len(gains),
-            "improve/gold_better": sum(gain > 0 for gain in gains) / len(gains),
-        }
+
+    def choose(self, made: list[Ask]) -> tuple[list[Ask], dict[str, int]]:
+        """The pairs worth learning from, and how many were dropped for what."""
+        c, read, dropped = self.run.config, self.run.tokenizer.response_text, dict[str, int]()
+
+        def keep(why: str, good: Sequence[bool]) -> None:
+            dropped[why] = len(good) - sum(good)
+            made[:] = [one for one, stays in zip(made, good, strict=True) if stays]
+
+        keep("empty", [all(read(side).strip() for side in pair[1:3]) for _, pair in made])
+        eos_ids = self.run.tokenizer.eos_ids
+        keep("cut", [c.keep_cut or ended(pair.chosen, eos_ids) for _, pair in made])
+        equal = [pair.chosen == pair.rejected for _, pair in made]
+        keep("identical", [c.keep_identical or not same for same in equal])
+        if c.gate:  # per token: a sum would favour the shorter side
+            sides = [Pair(pair.prompt, side, []) for _, pair in made for side in pair[1:3]]
+            logps = [
+                x / len(side.chosen) for x, side in zip(self.run.logps(sides), sides, strict=True)
+            ]
+            both = zip(made, logps[::2], logps[1::2], strict=True)
+            keep("unlikely", [p.chosen == p.rejected or good > bad for (_, p), good, bad in both])
+        return made, dropped
 
     def write(
-        self, prompts: list[list[int]], purpose: str, temperature: float | None = None
+        self,
+        prompts: list[list[int]],
+        purpose: str,
+        number: int,
+        temperature: float | None = None,
     ) -> tuple[list[list[int]], list[float]]:
-        """The policy's continuations of prompts."""
-        c = self.settings
-        seeds = [hash_seed(c.seed, purpose, self.round, i) for i in range(len(prompts))]
-        return self.generate(self.policy, prompts, budgets(prompts, c), seeds, temperature)
+        """The policy's continuations of prompts in a round."""
+        c = self.run.config
+        seeds = [hash_seed(c.seed, purpose, number, i) for i in range(len(prompts))]
+        policy, most = self.run.models["policy"], budgets(prompts, c)
+        return self.run.generate(policy, prompts, most, seeds, temperature, purpose != "eval")
 
-    def eval_pairs(self, rows: Sequence[Pair]) -> list[Pair]:
-        """Rows with a rejected side keep it; the others get the policy's answer."""
-        bare = [row for row in rows if not row.rejected]
-        answers = self.write([row.prompt for row in bare], "eval")[0]
-        answered = [row._replace(rejected=new) for row, new in zip(bare, answers, strict=True)]
-        return [*(row for row in rows if row.rejected), *answered]
+    def spoil(self, rows: Sequence[Pair]) -> list[Pair]:
+        """The policy's answer beside the gold response."""
+        answers = self.write([row.prompt for row in rows], "eval", self.round)[0]
+        return [row._replace(rejected=new) for row, new in zip(rows, answers, strict=True)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The round and its pairs."""
         return pack(self.pairs) | {"round": torch.tensor([self.round])}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave."""
         self.pairs, self.round = unpack(state), int(state["round"])
+
+
+# --------------------------------------------------------------------------- phase 1: the improver
+
+
+def improver_rows(
+    targets: Sequence[Target], asks: Sequence[Ask], run: Run
+) -> tuple[list[Pair], dict[str, Any]]:
+    """The rows that make pi_0 an improver, and what the fence did, as JSON: quartiles, fence (None:
+    --fence-k is 0), how many fell. Raises InputError where no target fits.
+
+    The rows are I(x, y0) -> y*, for each target that fits into `max_length` and whose perplexity is
+    not above the fence, and x -> gold, so many that these are --improver-mix of all.
+    """
+    c, tokenizer, rows, given = run.config, run.tokenizer, list[Pair](), list[Pair]()
+    for i, target in enumerate(targets, 1):
+        asked = improver_prompt(target.messages, target.response, c.improver_instruction)
+        example = Example(tuple(asked), target.improved, None, f"target {i}")
+        row = data.encode_example(tokenizer, example)
+        if len(row.prompt) + len(row.chosen) <= c.max_length:
+            context = {
+                "improver": row.prompt,
+                "prompt": tokenizer.apply_chat_template(target.messages, True),
+                "nothing": [tokenizer.eos_ids[0]],
+            }[c.fence_given]
+            rows.append(row)
+            given.append(Pair(context, row.chosen, []))
+    if not rows:
+        raise InputError(f"no target fits into --max-length {c.max_length} with its prompt")
+    both = zip(run.logps(given), given, strict=True)
+    values = [math.exp(-logp / len(pair.chosen)) for logp, pair in both]
+    fence = perplexity_fence(values, c.fence_k) if c.fence_k else math.inf
+    kept = [row for row, value in zip(rows, values, strict=True) if value <= fence]
+    q1, median, q3 = np.percentile(values, [25, 50, 75]).tolist()
+    report = {
+        "k": c.fence_k, "q1": q1, "median": median, "q3": q3,
+        "fence": fence if c.fence_k else None, "targets": len(values),
+        "dropped": len(rows) - len(kept), "too_long": len(targets) - len(rows),
+        "perplexities": values,
+    }  # fmt: skip
+    plain = [Pair(row.prompt, row.chosen, []) for _, row in asks if row.chosen]
+    count = round(len(kept) * c.improver_mix / (1 - c.improver_mix)) if plain else 0
+    order = batch_indices(0, count, len(plain), hash_seed(c.seed, "mix")) if count else []
+    return [*kept, *(plain[i] for i in order)], report
+
+
+def perplexity_fence(perplexities: Sequence[float], k: float = 1.5) -> float:
+    """Tukey's upper fence, Q3 + k (Q3 - Q1), with quartiles interpolated as numpy does."""
+    low, high = np.percentile(np.asarray(perplexities, dtype=np.float64), [25, 75])
+    return float(high + k * (high - low))
+
+
+def improvements(
+    c: Any, drafts: Sequence[Ask], answers: Mapping[int, str], server: TargetServer | None
+) -> Iterator[tuple[int, str | None, str]]:
+    """(which draft, its improvement, ""), as they come, or (which, None, why there is none)."""
+    if server is not None:
+        places = list(answers)
+        questions = [
+            target_prompt(
+                drafts[i][0].messages, drafts[i][0].response, answers[i], c.target_instruction
+            )
+            for i in places
+        ]
+        for place, found, why in server.ask_all(questions):
+            yield places[place], found, why
+        return
+    for i, answer in answers.items():
+        text, improved = drafts[i][0].messages[-1]["content"], drafts[i][0].response
+        if c.target_source == "tasks":
+            rng = random.Random(hash_seed(c.seed, "mend", i))
+            improved = data.mend_answer(text, answer, rng)
+        yield i, improved or None, "" if improved else "no gold"
+
+
+# ------------------------------------------------------------------------------------ the prompts
 
 
 def improver_prompt(
@@ -354,19 +293,23 @@ def improver_prompt(
     return [*map(dict, messages[:-1]), {"role": "user", "content": last}]
 
 
-def frame(messages: Messages, answer: str, tokenizer: Tokenizer, settings: Settings) -> list[int]:
+def frame(messages: Messages, answer: str, tokenizer: Tokenizer, c: Any) -> list[int]:
     """`improver_prompt` as token ids."""
-    asked = improver_prompt(messages, answer, settings.improver_instruction)
+    asked = improver_prompt(messages, answer, c.improver_instruction)
     return tokenizer.apply_chat_template(asked, add_generation_prompt=True)
 
 
-def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, settings: Settings) -> list[Ask]:
-    """The prompts whose improver's prompt, with an empty answer, fits. Raises InputError: none."""
-    room = settings.max_length - 1
-    kept = [ask for ask in asks if len(frame(ask.messages, "", tokenizer, settings)) < room]
+def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
+    """The prompts whose improver's prompt, with an empty answer, fits. Raises InputError where
+    there is none, and for a prompt that does not end with the user's turn."""
+    for example, _ in asks:
+        if example.messages[-1]["role"] != "user":
+            raise InputError(f"{example.where}: the turn before the response is not the user's")
+    room = c.max_length - 1
+    kept = [ask for ask in asks if len(frame(ask[0].messages, "", tokenizer, c)) < room]
     if not kept:
         raise InputError(
-            f"none of the {len(asks)} prompts fits into --max-length {settings.max_length} with "
+            f"none of the {len(asks)} prompts fits into --max-length {c.max_length} with "
             "--improver-instruction around it"
         )
     return kept
@@ -385,57 +328,53 @@ def fill(template: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
 
 
-def improver_rows(
-    targets: Sequence[Target], tokenizer: Tokenizer, settings: Settings
-) -> tuple[list[Pair], list[Pair]]:
-    """I(x, y0) -> y* as token ids, for each target that fits into `max_length`; and the same
-    targets behind what their perplexity is conditioned on."""
-    rows, conditioned = [], []
-    for i, target in enumerate(targets):
-        asked = improver_prompt(target.messages, target.response, settings.improver_instruction)
-        example = Example(tuple(asked), target.improved, None, f"target {i + 1}")
-        row = encode_example(tokenizer, example)
-        if len(row.prompt) + len(row.chosen) <= settings.max_length:
-            context = {
-                "improver": row.prompt,
-                "prompt": tokenizer.apply_chat_template(target.messages, True),
-                "nothing": [tokenizer.eos_ids[0]],
-            }[settings.fence_given]
-            rows.append(row)
-            conditioned.append(Pair(context, row.chosen, []))
-    if not rows:
-        raise InputError(f"no target fits into --max-length {settings.max_length} with its prompt")
-    return rows, conditioned
+def as_prompt(messages: Messages) -> Any:
+    """A conversation as a row's "prompt": the text where it is one turn of the user's."""
+    alone = len(messages) == 1 and messages[0]["role"] == "user"
+    return messages[0]["content"] if alone else list(messages)
 
 
-def mix_rows(rows: Sequence[Pair], asks: Sequence[Ask], share: float, seed: int) -> list[Pair]:
-    """The rows, and so many of x -> gold that these are that share of all."""
-    plain = [Pair(ask.prompt, ask.gold, []) for ask in asks if ask.gold]
-    count = round(len(rows) * share / (1 - share)) if plain else 0
-    order = batch_indices(0, count, len(plain), hash_seed(seed, "mix")) if count else []
-    return [*rows, *(plain[i] for i in order)]
+# ------------------------------------------------------------------------------------- the flags
 
 
-def perplexity_fence(perplexities: Sequence[float], k: float = 1.5) -> float:
-    """Tukey's upper fence, Q3 + k (Q3 - Q1), with quartiles interpolated as numpy does."""
-    low, high = np.percentile(np.asarray(perplexities, dtype=np.float64), [25, 75])
-    return float(high + k * (high - low))
+@dataclass
+class Settings(sapo.Copies, sapo.Rounds):
+    """SGPO."""
 
-
-def fence_report(perplexities: Sequence[float], k: float) -> dict[str, Any]:
-    """What the fence did: quartiles, fence (None: k is 0), how many fell, and a histogram of the
-    perplexities' common logarithms, all as JSON."""
-    values = np.asarray(perplexities, dtype=np.float64)
-    fence = perplexity_fence(perplexities, k) if k else math.inf
-    counts, edges = np.histogram(np.log10(values), bins=20)
-    low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
-    return {
-        "k": k, "q1": low, "median": middle, "q3": high,
-        "fence": fence if k else None, "targets": len(values),
-        "dropped": int((values > fence).sum()),
-        "histogram": {"log10_edges": edges.tolist(), "counts": counts.tolist()},
-        "perplexities": values.tolist(),
-    }  # fmt: skip
+    target_source: str | None = None  # [ours]
+    "http://HOST/v1, a JSONL file of prompt, response and improved, gold, or tasks, which \
+mends answers to the built-in tasks; default: tasks where there is no --data, else gold"
+    target_model: str | None = None
+    "the model to ask at a URL; a key is read from the environment's OPENAI_API_KEY"
+    target_workers: Annotated[int, 1, 1000] = 8  # [ours]
+    "questions to the URL at a time"
+    target_instruction: str = TARGET  # [ours]
+    "the question to the URL, with {prompt}, {gold} and {answer}"
+    improver_instruction: str = IMPROVER  # [ours]
+    "what asks the model for an improvement, with {prompt} and {answer}"
+    improver: str | None = None
+    "an improver-trained model's folder to start from, in place of phase 1"
+    improver_epochs: Positive = 3.0  # [ours]
+    "passes over the rows of phase 1"
+    improver_lr: Positive = 2e-5  # [ours]; that of SAPO's SFT start
+    "peak learning rate of phase 1"
+    improver_mix: Annotated[float, 0.0, 0.99] = 0.5  # [ours]
+    "share of plain rows, prompt and gold, among those of phase 1"
+    fence_k: Weight = 1.5  # Tukey's; that it is the paper's is a guess
+    "targets of a perplexity above Q3 + k (Q3 - Q1) are dropped; 0: none"
+    fence_given: Literal["improver", "prompt", "nothing"] = "improver"  # [ours]
+    "what a target's perplexity is conditioned on"
+    preference_data: list[str] | None = None
+    "files of prompts for phase 2, with or without responses; default: those of --data"
+    improve_temperature: Weight | None = None  # [ours]
+    "of the improvements; default: --temperature"
+    keep_identical: bool = False  # [ours]
+    "keep pairs whose improvement is the answer itself; only an NLL term learns from them"
+    keep_cut: bool = False  # [ours]
+    "keep pairs whose improvement used up --max-new-tokens, and so has no end"
+    gate: bool = False  # [ours]
+    "keep an improvement only where the model finds it likelier, per token and behind the prompt \
+alone, than the answer"
 
 
 # ----------------------------------------------------------------------------- the paper's setting

@@ -9,39 +9,42 @@ Every preference method is a source of pairs with a loss on top:
 
     source.before_step(t) -> pairs (prompt, chosen, rejected)  ->  loss  ->  policy t + 1
 
-The sources and the losses are in sapo.py and sgpo.py. Here are, in this order: the flags, the ranks
-(the only place that knows of more than one process), the trainer with its one loop, SGPO's first
-phase, and the whole run.
+The sources and the losses are in sapo.py and sgpo.py. Here are the loop and the learner, and with
+them ends what one reads in an evening. Behind them: what lies on disk, the ranks (the only place
+that knows of more than one process), the flags, and the whole run.
 
 Shapes: N pairs. Log-probs are sums over response tokens, in nats, unless a name says mean.
 """
 
+from __future__ import annotations
+
 import argparse
-import bisect
 import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
+import hashlib
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import data
@@ -50,764 +53,295 @@ import sample
 import sapo
 import sgpo
 from data import Pair
-from model import InputError, Transformer, hash_seed
-from sapo import dpo_loss, orpo_loss
+from model import Count, InputError, Positive, Share, Transformer, Weight, Whole, hash_seed
+from sapo import Source, dpo_loss, orpo_loss
 
-__all__ = ["Config", "Trainer", "dpo_loss", "main", "orpo_loss"]  # the losses are sapo.py's
+__all__ = ["Config", "Learner", "dpo_loss", "fit", "main", "orpo_loss"]  # the losses are sapo.py's
 
-# -------------------------------------------------------------------------------------- the flags
-
-
-@dataclass
-class Config(sgpo.Settings):
-    """Every flag, with its default and where that comes from. The string under a field is its help.
-
-    Those of the methods are inherited from their files. [code] is the official SAPO code, [spin]
-    that of SPIN, [ours] our own choice.
-    """
-
-    method: Literal["sft", "dpo", "orpo", "spin", "sapo", "sgpo"] = "sapo"
-    "where the pairs come from"
-    loss: Literal["dpo", "ipo", "hinge", "orpo"] | None = None  # [code] has dpo and orpo
-    "the loss on the pairs; default: dpo, and orpo for --method orpo"
-    recipe: str | None = None
-    "settings by name, listed below; flags given explicitly win over it"
-    model: str | None = None
-    "a Hugging Face folder to start from; default: a tiny model, pre-trained there and then"
-    data: list[str] | None = None
-    "JSON or JSONL files of training rows; default: the built-in tasks"
-    eval_data: list[str] | None = None
-    "JSON or JSONL files of held-out rows"
-    out: str = "out"  # [ours]
-    "the folder of the run"
-    resume: bool = False
-    "go on from the newest whole checkpoint in --out"
-    chat_template: Literal["chatml", "zephyr", "llama3"] | None = None
-    "a chat template by name, for a base model that has none of its own"
-    steps: int | None = None
-    "optimizer steps; sgpo: of phase 2, in each round; default: as --epochs says"
-    epochs: float = 4.0  # [code]
-    "passes over the training rows; spin: over the pairs of each iteration; sgpo: over the prompts \
-of phase 2, in each round"
-    micro_batch_size: int = 4  # [ours]
-    "pairs per forward pass and rank; it bounds memory and changes nothing else"
-    lr: float = 5e-7  # [code]
-    "peak learning rate"
-    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # [code]
-    "the optimizer"
-    adam_beta2: float = 0.999  # torch's default
-    "AdamW's second beta"
-    weight_decay: float = 0.0  # [ours]
-    "decoupled for AdamW, added to the gradient for RMSprop, as torch has it"
-    schedule: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"  # [code]
-    "of the learning rate, after the warm-up. Step 1 has a rate above 0, and so has the last step"
-    warmup: float = 0.1  # [code]
-    "below 1 a share of the steps, otherwise a number of steps"
-    max_grad_norm: float = 1.0  # [ours]; 0 is off
-    "the gradient is scaled down to this norm; 0: never"
-    beta: float = 0.1  # [code]
-    "how strongly the reference holds the policy"
-    label_smoothing: float = 0.0  # [code]
-    "share of pairs assumed to be labelled the wrong way round (cDPO)"
-    length_normalize: bool = False  # [code]
-    "log-probs per token in place of their sums in the dpo, ipo and hinge losses"
-    nll_weight: float = 0.0  # [code]
-    "weight of an added NLL term on the chosen side, per response token"
-    orpo_lambda: float = 0.05  # [code]
-    "weight of ORPO's odds-ratio term"
-    max_prompt_length: int | None = None  # [code]: 1792, of 2048
-    "rows whose prompt has this many tokens or more are dropped; default: 7/8 of --max-length"
-    iteration_lr: list[float] | None = None  # the paper: 5e-7, then 1e-7
-    "spin: peak learning rates of the iterations, the last for all that remain; default: --lr"
-    iteration_beta: list[float] | None = None  # the paper: 0.1, in the last iteration 5.0
-    "spin: betas of the iterations, the last for all that remain; default: --beta"
-    temperature: float = 0.7  # [code]; [spin]: 1.0
-    "of sampled tokens; 0 is greedy; --method spin alone makes it 1.0"
-    top_k: int = 50  # [code]; [spin]: all
-    "sample among so many tokens; 0: all; --method spin alone makes it 0"
-    top_p: float = 0.95  # [code]; [spin]: 1.0
-    "sample among the likeliest tokens of this total probability; --method spin alone makes it 1.0"
-    generate_batch_size: int = 64  # [ours]
-    "rows decoded together on a rank"
-    precision: Literal["fp32", "medium", "bf16"] = "fp32"  # [ours]; [code] has bf16
-    "of the computation; weights, gradients, optimizer, EMA are fp32. medium: faster fp32 matmuls, \
-whose error is printed at the start"
-    ema_offload: bool = False
-    "keep the EMA in host memory, one process: it is read once a step, to generate"
-    activation_checkpointing: bool = False
-    "recompute each block in the backward pass, to save memory"
-    compile: bool = False
-    "compile each block with torch.compile; the first steps then take a minute or more"
-    save_dtype: Literal["fp32", "bf16"] = "fp32"  # [ours]: an update of 5e-7 is lost in bf16
-    "type of the weights in OUT/final"
-    save_every: int = 0
-    "steps between checkpoints; 0: none, but for the one that SIGTERM makes"
-    keep: int = 0
-    "how many checkpoints are kept, the newest; 0: all"
-    log_every: int = 10  # [ours]
-    "steps between rows of metrics.jsonl"
-    eval_every: int = 0
-    "steps between evaluations; 0: at the end only"
-    show_every: int = 0
-    "steps between sampled pairs shown in colour: A, B, B' and C; 0: never"
-    trace: str | None = None
-    "a .safetensors file to record the first steps in: pairs, draws, log-probs, losses, norms"
-    trace_steps: int = 10  # [ours]
-    "how many steps --trace records"
-
-
-TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
-    "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": 1e-4, "max_length": 128,
-    "segment_length": "8", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
-    "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256,
-    "max_new_tokens": 40,
-}  # fmt: skip
-TASKS_SGPO = TASKS | {
-    "method": "sgpo", "lr": 3e-6, "improver_lr": 1e-4, "improver_epochs": 4.0,
-    "responses_per_prompt": 8, "improve_temperature": 0.0,
-    "improver_instruction": data.REWRITE_PROMPT.replace("{draft}", "{answer}"),
-}  # fmt: skip
-RECIPES: dict[str, dict[str, Any]] = {"tasks": TASKS, "tasks-sgpo": TASKS_SGPO}
-RECIPES |= sapo.RECIPES | sgpo.RECIPES
-RECIPES |= {f"tasks-{name}": TASKS | change for name, change in sapo.ABLATIONS.items()}
-OWN: dict[str, dict[str, Any]] = {"spin": {"temperature": 1.0, "top_k": 0, "top_p": 1.0}}  # [spin]
-READ_BY = {  # flags that only these methods read
-    **dict.fromkeys(vars(sapo.Settings)["__annotations__"], ("sapo",)),
-    **dict.fromkeys(vars(sgpo.Settings)["__annotations__"], ("sgpo",)),
-    **dict.fromkeys(("iterations", "iteration_lr", "iteration_beta"), ("spin",)),
-    **dict.fromkeys(("temperature", "top_k", "top_p"), ("sapo", "spin", "sgpo")),
-    **dict.fromkeys(("generate_batch_size", "show_every"), ("sapo", "spin", "sgpo")),
-    "max_new_tokens": ("spin", "sgpo"), "responses_per_prompt": ("sapo", "sgpo"),
-    "ema_offload": ("sapo",),
-}  # fmt: skip
-ASKING = {"target_model", "target_workers", "target_timeout", "target_max_tokens"}  # of a server
-ASKING |= {"target_instruction"}
-for _name in ("seed", "batch_size", "max_length"):
-    del READ_BY[_name]  # all do
-START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
-    "method": "sft", "loss": None, "steps": 1800, "batch_size": 32, "micro_batch_size": 32,
-    "lr": 4e-3, "optimizer": "adamw", "adam_beta2": 0.98, "warmup": 80.0, "schedule": "linear",
-    "weight_decay": 0.0, "max_grad_norm": 1.0, "log_every": 50,
-    "save_every": 0, "eval_every": 0, "show_every": 0, "save_dtype": "fp32", "max_length": 128,
-    "max_prompt_length": None, "precision": "fp32",
-}  # fmt: skip
-REWRITE_SHARE = 0.2  # of the start's rows: a draft to be answered with another draft
-START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in place of 65%
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
-    "intermediate_size": 168, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
-    "tie_word_embeddings": True, "max_position_embeddings": 2048, "hidden_act": "silu",
-}  # fmt: skip
-MAY_CHANGE = {"resume", "out", "steps", "epochs", "log_every", "save_every", "show_every"}
-MAY_CHANGE |= {"trace", "trace_steps", "keep"}
-
-
-RANGES = {  # the smallest and the largest value of each number
-    **dict.fromkeys(("steps", "batch_size", "micro_batch_size", "generate_batch_size"), (1, 1e9)),
-    **dict.fromkeys(("ema_every", "ref_update_every", "sample_every", "log_every"), (1, 1e9)),
-    **dict.fromkeys(("save_every", "eval_every", "show_every", "keep"), (0, 1e9)),
-    **dict.fromkeys(("top_k", "warmup"), (0, 1e9)),
-    **dict.fromkeys(("nll_weight", "orpo_lambda", "max_grad_norm"), (0, 1e6)),
-    **dict.fromkeys(("temperature", "improve_temperature"), (0, 1e6)),
-    "epochs": (1e-9, 1e6), "lr": (1e-30, 1e3), "beta": (1e-9, 1e6), "weight_decay": (0, 1),
-    "ema_decay": (0, 1), "top_p": (1e-9, 1), "adam_beta2": (0, 1 - 1e-9), "seed": (0, 2**62),
-    "label_smoothing": (0, 0.5), "max_length": (2, 1e7), "max_prompt_length": (2, 1e7),
-    "replay_capacity": (0, 1e9), "responses_per_prompt": (1, 1e4), "iterations": (1, 1e4),
-    "max_new_tokens": (1, 1e7), "trace_steps": (1, 1e6), "rounds": (1, 1e4),
-    "improver_epochs": (1e-9, 1e6), "improver_lr": (1e-30, 1e3), "improver_mix": (0, 0.99),
-    "fence_k": (0, 1e6), "target_workers": (1, 1000), "target_max_tokens": (0, 1e7),
-    "target_timeout": (1e-3, 1e6),
-}  # fmt: skip
-
-
-def parse_args(argv: Sequence[str]) -> Config:
-    """Flags -> Config: defaults, then the recipe's values, then what was given explicitly."""
-    listing = [
-        f"  {name}\n    " + " ".join(f"{key}={value}" for key, value in values.items())
-        for name, values in RECIPES.items()
-    ]
-    parser = sample.Parser(
-        prog="train.py",
-        description=(__doc__ or "").split("\n")[0],
-        epilog="recipes (`tasks`, or `tasks-sgpo`, is in force where no --data is given):\n"
-        + "\n".join(listing),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_fields(Config)
-    given = vars(parser.parse_args(argv))
-    if "steps" in given and "epochs" in given:
-        raise InputError("--steps and --epochs both say how long to train: give one of them")
-    usual = "tasks-sgpo" if given.get("method") == "sgpo" else "tasks"
-    own = given.get("data") or (given.get("improver") and given.get("preference_data"))
-    recipe = given.get("recipe") or (None if own else usual)
-    if recipe is not None and recipe not in RECIPES:
-        raise InputError(f"--recipe {recipe!r} is none of {', '.join(RECIPES)}")
-    named = RECIPES[recipe] if recipe else {}
-    method = given.get("method", named.get("method", Config.method))
-    values = OWN.get(method, {}) | named | given | {"recipe": recipe}
-    if "epochs" in given:
-        values["steps"] = None
-    if "loss" not in given and values.get("method") != named.get("method"):
-        values["loss"] = None  # the recipe's is for the recipe's method
-    for name in unread(method, given):
-        print(f"warning: --{name.replace('_', '-')} is not read here")
-    if method == "sgpo" and given.get("improver") and "improver_instruction" not in given:
-        file = Path(given["improver"]) / sample.IMPROVER_FILE
-        if file.exists():  # how it was asked in training
-            values["improver_instruction"] = sample.read_instruction(file)
-    return check(Config(**values))
-
-
-def unread(method: str, given: dict[str, Any]) -> list[str]:
-    """The flags that were given, and that such a run does not read."""
-    source = given.get("target_source", "")
-    idle = {name for name in given if method not in READ_BY.get(name, (method,))}
-    if method == "sgpo" and not source.startswith(("http://", "https://")):
-        idle |= {name for name in given if name in ASKING}
-    if method == "sgpo" and given.get("improver"):
-        phase_1 = ("target_", "improver_epochs", "improver_lr", "improver_mix", "fence_", "model")
-        idle |= {name for name in given if name.startswith(phase_1)}
-    return [name for name in given if name in idle]
-
-
-def check(config: Config) -> Config:
-    """Raises InputError for values that make no sense, alone or together."""
-    for name, (low, high) in RANGES.items():
-        if (value := getattr(config, name)) is not None:
-            sample.check_range(name, value, low, high)
-    for name in ("iteration_lr", "iteration_beta"):
-        for value in getattr(config, name) or ():
-            sample.check_range(name, value, *RANGES[name.removeprefix("iteration_")])
-    length = config.segment_length
-    if length != "full" and not (length.isdecimal() and 0 < int(length) < 10**9):
-        raise InputError(f"--segment-length is {length!r}, not a number of tokens or 'full'")
-    if config.max_prompt_length is None:
-        config.max_prompt_length = max(2, config.max_length * 7 // 8)
-    if config.max_prompt_length > config.max_length:
-        raise InputError(
-            f"--max-prompt-length {config.max_prompt_length} leaves no room for a response within "
-            f"--max-length {config.max_length}"
-        )
-    if config.method == "sft" and config.loss is not None:
-        raise InputError(f"--loss {config.loss} needs pairs, and --method sft has none")
-    if config.method == "orpo" and config.loss not in (None, "orpo"):
-        raise InputError(f"--method orpo with --loss {config.loss}: that is --method dpo")
-    if config.method != "sft" and config.loss is None:
-        config.loss = "orpo" if config.method == "orpo" else "dpo"
-    more = max(config.sample_every, config.responses_per_prompt) > 1
-    if config.method == "sapo" and config.replay_capacity == 0 and more:
-        names = "--sample-every and --responses-per-prompt"
-        raise InputError(f"{names} above 1 need a replay buffer, and --replay-capacity is 0")
-    if config.nll_weight and config.loss in (None, "orpo"):
-        raise InputError("--nll-weight adds to a loss without an NLL term; SFT and ORPO have one")
-    if config.label_smoothing and config.loss != "dpo":
-        raise InputError(f"--label-smoothing is for --loss dpo, not {config.loss or 'SFT'}")
-    if config.length_normalize and config.loss in (None, "orpo"):
-        raise InputError(
-            "--length-normalize is for the dpo, ipo and hinge losses; SFT and ORPO "
-            "are per token as they are"
-        )
-    if config.method == "sgpo":
-        check_sgpo(config)
-    if config.chat_template and config.model is None:
-        raise InputError("--chat-template is for --model: the built-in start has its own")
-    return config
-
-
-def check_sgpo(config: Config) -> None:
-    """The same for SGPO's flags; says which source of targets is meant by default."""
-    config.model = config.improver or config.model
-    source = config.target_source or ("tasks" if config.data is None else "gold")
-    config.target_source = source
-    if is_url(config):
-        target_server(config)
-        if not config.target_model:
-            raise InputError("--target-source is a URL: --target-model must say which model to ask")
-    if source == "tasks" and config.data is not None:
-        raise InputError("--target-source tasks mends the built-in tasks, and --data is given")
-    if config.keep_identical and config.loss != "orpo" and not config.nll_weight:
-        raise InputError(
-            "--keep-identical is for --loss orpo or --nll-weight: no other loss learns"
-        )
-    for name in ("improver_instruction", "target_instruction"):
-        for part in ("{prompt}", "{answer}"):
-            if part not in getattr(config, name):
-                raise InputError(f"--{name.replace('_', '-')} holds no {part}")
-
-
-# -------------------------------------------------------------------------------------- the ranks
-
-
-def outline(folder: Path) -> Transformer:
-    """The model in a folder without its weights, once their headers agree with its config."""
-    raw = lm.read_json(folder / "config.json")
-    with torch.device("meta"):
-        model = Transformer(lm.Config.from_dict(raw, f"{folder}/config.json"))
-    lm.find_weights(dict(model.named_parameters()), folder)
-    return model
-
-
-def local(value: Tensor) -> Tensor:
-    """This rank's share of a tensor, itself where it is not sharded."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def medium_error(device: torch.device) -> str:
-    """What --precision medium does here: the error of a product of two random matrices, as a share
-    of its norm, and its time, both against fp32."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(1024, 1024, generator=generator).to(device) for _ in range(2))
-    products, seconds = [], []
-    for precision in ("highest", "medium"):
-        torch.set_float32_matmul_precision(precision)
-        times = []
-        for _ in range(8):
-            began = time.perf_counter()
-            product = a @ b
-            product[0, 0].item()  # waits for the device
-            times.append(time.perf_counter() - began)
-        products.append(product)
-        seconds.append(min(times))
-    error = float((products[1] - products[0]).norm() / products[0].norm())
-    ratio = seconds[0] / seconds[1]
-    return (
-        f"precision medium: error {error:.1e} of a matrix product, {ratio:.1f} times fp32's speed"
-    )
+# Where each method's pairs come from, and the class whose flags it reads. A new method is a line.
+SOURCES: dict[str, tuple[type[Source], type]] = {
+    "sft": (sapo.SFT, object),
+    "dpo": (Source, object),
+    "orpo": (Source, object),
+    "spin": (sapo.SPIN, sapo.Rounds),
+    "sapo": (sapo.SAPO, sapo.Settings),
+    "sgpo": (sgpo.SGPO, sgpo.Settings),
+}
 
 
 class Stopped(Exception):
-    """SIGTERM came, and what is to be saved has been."""
+    """SIGTERM or SIGINT came, and what is to be saved has been."""
 
 
-class Ranks:
-    """The processes of the run, and the only place that knows how many there are."""
-
-    def __init__(self) -> None:
-        self.asked_to_stop = False  # by SIGTERM
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-        if self.world > 1:
-            patience = datetime.timedelta(days=7)  # one rank asks for targets, the others wait
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-            self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes and prints."""
-        return self.rank == 0
-
-    def build(self, folder: Path, config: Config, role: str) -> Transformer:
-        """Loads the policy, the EMA or the reference, each rank its shard of it. They are fp32, but
-        for the reference's matrices: those are held as they would be rounded for each product."""
-        model = outline(folder)
-        model.compute_dtype = torch.bfloat16 if config.precision == "bf16" else None
-        model.checkpointing = config.activation_checkpointing
-        for parameter in model.parameters():
-            if role == "reference" and parameter.dim() == 2 and model.compute_dtype:
-                parameter.data = parameter.data.to(model.compute_dtype)
-        device = "cpu" if role == "ema" and config.ema_offload else self.device
-        if config.compile:
-            for block in model.model["layers"].children():
-                # Shapes differ from batch to batch. What is fused rounds as what is not, or bf16
-                # differs with and without gradients, and the first loss is not ln 2.
-                block.compile(dynamic=True, options={"emulate_precision_casts": True})
-        if self.world > 1:
-            policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32)
-            for block in model.model["layers"].children():
-                fully_shard(block, mesh=self.mesh, mp_policy=policy)
-            # By default the root stays whole until a backward pass. After a forward pass without
-            # one (the EMA, the reference, an evaluation) the next update of it would be lost.
-            fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
-        model.to_empty(device=device).requires_grad_(role == "policy")
-        lm.load_weights(dict(model.named_parameters()), folder, self.place)
-        return model
-
-    def place(self, parameter: Tensor, value: Tensor) -> None:
-        """parameter <- this rank's share of a whole value."""
-        if isinstance(parameter, DTensor):
-            chunks = value.chunk(self.world)
-            value = chunks[self.rank] if self.rank < len(chunks) else value[:0]
-        local(parameter).copy_(value)
-
-    def whole(self, value: Tensor) -> Tensor:
-        """The whole of a sharded tensor, on every rank (collective)."""
-        value = value.detach()
-        return value.full_tensor() if isinstance(value, DTensor) else value
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(value)
-        return value
-
-    def stops(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on all."""
-        return bool(self.sum(torch.tensor(float(self.asked_to_stop), device=self.device)))
-
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        if self.world > 1:
-            dist.barrier()
-
-    @contextlib.contextmanager
-    def decoder(self, model: Transformer) -> Iterator[Transformer]:
-        """The model, for decoding, in whose shapes nothing is compiled."""
-        with torch.compiler.set_stance("force_eager"):
-            yield self.snapshot(model)
-
-    def snapshot(self, model: Transformer) -> Transformer:
-        """The model in its compute type with all weights at hand: ranks stop decoding at different
-        times, and must not wait for each other."""
-        dtype = model.compute_dtype or model.dtype
-        if self.world == 1 and dtype == model.dtype and self.device == model.device:
-            return model
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        cast = {name: torch.empty_like(weight, dtype=dtype) for name, weight in weights.items()}
-        torch._foreach_copy_([*map(local, cast.values())], [*map(local, weights.values())])
-        whole = {name: self.whole(weight).to(self.device) for name, weight in cast.items()}
-        return lm.with_weights(model.config, whole)
-
-    def share_rows(self, mine: dict[int, list[int]], count: int) -> list[list[int]]:
-        """Every rank's rows of tokens, by index, on every rank. No pickle: padded integers."""
-        if self.world == 1 or count == 0:
-            return [mine[i] for i in range(count)]
-        lengths = torch.zeros(count, dtype=torch.int64, device=self.device)
-        for i, row in mine.items():
-            lengths[i] = len(row)
-        self.sum(lengths)
-        table = torch.zeros(count, int(lengths.max()), dtype=torch.int64, device=self.device)
-        for i, row in mine.items():
-            table[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        self.sum(table)
-        return [r[:n] for r, n in zip(table.tolist(), lengths.tolist(), strict=True)]
+# --------------------------------------------------------------------------------------- the loop
 
 
-# ------------------------------------------------------------------------------------ the trainer
+def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
+    """The only loop: trains the policy on the source's pairs. t counts optimizer updates done."""
+    t = files.restore(learner, source) if c.resume else 0
+    began, first, end = time.perf_counter(), t, source.bounds[-1]
+    while t < end:
+        try:
+            pairs, table, row = step(c, learner, source, t)
+        except Stopped:  # while a round's answers were generated; they are kept
+            if t > 0:
+                files.save(t, learner, source)
+            raise
+        t += 1
+        if t == end or (c.eval_every and t % c.eval_every == 0):
+            row |= evaluate(c, learner, source, files)
+        files.show(t, pairs, table, row, learner, source)
+        if t == end or t % c.log_every == 0 or "seconds/eval" in row or source.made:
+            files.log(t, row, source, pace=(time.perf_counter() - began) / (t - first))
+        if learner.bad_steps == 5:
+            raise InputError(
+                "loss or gradient was not finite 5 steps in a row: try a lower --lr; "
+                f"the last checkpoint is {max(files.numbered().items(), default=(0, 'none'))[1]}"
+            )
+        stops = learner.ranks.agree(learner.ranks.asked_to_stop)
+        if stops or (c.save_every and t % c.save_every == 0):
+            files.save(t, learner, source)
+        if stops:
+            raise Stopped(f"stopped after step {files.before + t}; --resume goes on")
+    files.save_final(learner)
 
 
-@dataclass
-class Job:
-    """What one training run reads and writes; the start and the control are runs of their own."""
+def step(
+    c: Config, learner: Learner, source: Source, t: int
+) -> tuple[list[Pair], dict[str, Tensor], dict[str, float]]:
+    """One update: pairs, gradients over micro-batches, clipping, the optimizer.
 
-    start: Path  # the model's folder
-    rows: list[Pair]
-    eval_rows: list[Pair]
-    tokenizer: data.Tokenizer
-    metrics: Path  # a JSON object per logged step
-    final: Path  # the trained model
-    checkpoints: Path | None = None
-    test: Callable[[Transformer], dict[str, float]] | None = None  # more held-out metrics
-    trace: sample.Trace | None = None
-    asks: Sequence[sgpo.Ask] = ()  # SGPO's prompts
-    on_tasks: bool = False  # answers can be checked
-    before: int = 0  # steps of the phases before this one
-    phase: str = ""  # its name, where it is not the method's
-
-
-# What `Trainer.score` tells of each pair. The last five: the log-probs of B, of B', of C after B
-# and of C after B', all under the policy, and the tokens computed.
-COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejected rewards/chosen
-    rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest tokens""".split()  # noqa: SIM905
-
-
-def schedule(config: Config, rows: int) -> list[int]:
-    """The steps at which the learning rate's schedule begins, and the last step's end: SPIN's
-    iterations and SGPO's rounds each have one of their own."""
-    c = config
-    passes = c.epochs * (2 * c.iterations - 1 if c.method == "spin" else 1)
-    steps = c.steps or max(1, math.ceil(passes * rows / c.batch_size - 1e-9))
-    if c.method == "spin":
-        return [*sapo.spin_starts(steps, c.iterations), steps]
-    if c.method == "sgpo":
-        return [steps * i for i in range(c.rounds + 1)]
-    return [0, steps]
+    Returns the pairs, `Learner.score`'s columns of them, and the step's row of metrics.
+    """
+    began, (number, first, end) = time.perf_counter(), source.stretch(t)
+    if t == first:  # SPIN's iterations and SGPO's rounds are runs of their own
+        learner.optimizer.state.clear()
+    learner.begin_step(nth(c.beta, number))
+    with learner.clock("source"):
+        pairs = source.before_step(t)
+    lr = lr_at(c, t - first, end - first, peak=nth(c.lr, number))
+    row = {"lr": lr, "pairs": float(len(pairs)), "grad_norm": 0.0}
+    table = learner.score(pairs, source.reference_version, learn=True)
+    learner.forget(source.gone)
+    if pairs:
+        row |= summary(pairs, table, c)
+        with learner.clock("optimizer"):
+            row["grad_norm"] = learner.update(lr, row["loss"])
+    row |= source.metrics | learner.spent(pairs, time.perf_counter() - began)
+    return pairs, table, row
 
 
-def nth(values: Sequence[float] | None, n: int, default: float) -> float:
-    """The n-th of the values, the last for all that remain; where there are none the default."""
-    return values[min(n, len(values) - 1)] if values else default
+def evaluate(c: Config, learner: Learner, source: Source, files: Files) -> dict[str, float]:
+    """Held-out rows scored as training pairs are, and what the run's own test measures. Rows that
+    have a rejected side keep it; the others get one from the source."""
+    row: dict[str, float] = {}
+    began = time.perf_counter()
+    with learner.clock("eval"):
+        if files.eval_rows:
+            new = iter(source.spoil([pair for pair in files.eval_rows if not pair.rejected]))
+            pairs = [pair if pair.rejected else next(new) for pair in files.eval_rows]
+            table = learner.score(pairs, source.reference_version, learn=False)
+            row |= {f"eval/{key}": value for key, value in summary(pairs, table, c).items()}
+        if files.test is not None:
+            with learner.ranks.decoder(learner.policy) as ready:
+                row |= files.test(ready)
+    return row | {"seconds/eval": time.perf_counter() - began}
 
 
-class Trainer:
-    """Models, optimizer, source and the loop that makes them meet."""
+def summary(pairs: Sequence[Pair], table: Mapping[str, Tensor], c: Config) -> dict[str, float]:
+    """Means over the pairs, from `Learner.score`'s columns. `rewards/accuracies` leaves out pairs
+    whose two sides are equal, and `pairs/identical` is their share."""
+    row = {"nll": -float(table["logps/chosen"].sum()) / sum(len(p.chosen) for p in pairs)}
+    row["loss"] = float(table["losses"].mean()) + c.nll * row["nll"]
+    row["logps/chosen"] = float(table["logps/chosen"].mean())
+    row["tokens/policy"] = float(table["tokens"].sum())
+    if c.loss is not None and all(pair.rejected for pair in pairs):
+        good, bad = table["rewards/chosen"], table["rewards/rejected"]
+        unlike = torch.tensor([pair.rejected != pair.chosen for pair in pairs])
+        for key in ("logps/rejected", "rewards/chosen", "rewards/rejected"):
+            row[key] = float(table[key].mean())
+        row["rewards/margins"] = float((good - bad).mean())
+        if unlike.any():
+            row["rewards/accuracies"] = float((good > bad)[unlike].double().mean())
+        row["pairs/identical"] = 1 - float(unlike.double().mean())
+        row |= sapo.segment_metrics(pairs, table)
+    return row
 
-    def __init__(self, config: Config, job: Job, ranks: Ranks) -> None:
-        self.config, self.job, self.ranks = config, job, ranks
-        self.beta, self.drift = config.beta, sapo.Drift()
-        self.seconds: dict[str, float] = {}
-        self.generated, self.referred = 0, 0  # tokens in this step, sampled and by the reference
-        self.known_logps: dict[int, tuple[float, ...]] = {}  # by the reference, for a pair's digest
-        self.reference_version = 0
-        self.bad_steps = self.skipped = 0  # updates left out: in a row, and in all
-        self.nll_weight = 1.0 if config.loss in (None, "orpo") else config.nll_weight
-        self.policy = ranks.build(job.start, config, "policy")
+
+def lr_at(c: Config, t: int, steps: int, peak: float) -> float:
+    """The learning rate of the update from t to t + 1, of so many steps: peak / W, 2 peak / W, ...
+    over W warm-up steps, then down; the linear schedule ends at peak / (steps - W)."""
+    warmup = round(c.warmup * steps) if c.warmup < 1 else round(c.warmup)
+    if t < warmup:
+        return peak * (t + 1) / warmup
+    done = (t - warmup) / max(1, steps - warmup)
+    if c.schedule == "linear":
+        return peak * (1 - done)
+    if c.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    if c.schedule == "inverse_sqrt":  # without a warm-up slowly down, as transformers has it
+        return peak * math.sqrt(warmup / (t + 1) if warmup else 10_000 / (t + 10_000))
+    return peak
+
+
+def nth(values: Sequence[float], n: int) -> float:
+    """The n-th of the values, the last for all that remain."""
+    return values[min(n, len(values) - 1)]
+
+
+# ------------------------------------------------------------------------------------ the learner
+
+
+class Learner:
+    """The models and the optimizer, which knows no method: it scores pairs, learns from them, and
+    generates. It is the `sapo.Run` of its source.
+
+    Args:
+        start: a model's folder; `roles` names the copies of it that stand beside the policy.
+        journal: where `generate` keeps what it is to keep.
+    """
+
+    def __init__(
+        self,
+        c: Config,
+        start: Path,
+        tokenizer: data.Tokenizer,
+        ranks: Ranks,
+        roles: Sequence[str] = (),
+        journal: Journal | None = None,
+    ) -> None:
+        self.config, self.tokenizer, self.ranks, self.journal = c, tokenizer, ranks, journal
+        self.policy = ranks.build(start, c, "policy")
         self.optimizer = self.make_optimizer()  # at once: after a forward it may hold stale objects
         self.models = {"policy": self.policy}
-        if config.method == "sapo":
-            self.models["ema"] = ranks.build(job.start, config, "ema")
-        if config.method == "spin" or config.loss not in (None, "orpo"):
-            self.models["reference"] = ranks.build(job.start, config, "reference")
-        self.take(job.rows)
-
-    def take(self, rows: list[Pair]) -> None:
-        """Makes these rows what is trained on: the number of steps follows, and the source."""
-        self.job.rows, count = rows, len(self.job.asks or rows)
-        self.bounds = schedule(self.config, count)
-        self.steps = self.bounds[-1]
-        epoch = math.ceil(count / self.config.batch_size)  # in steps
-        self.source = self.make_source(self.config.ref_update_every or epoch)
+        self.models |= {role: ranks.build(start, c, role) for role in roles}
+        self.known: dict[int, tuple[float, ...]] = {}  # the reference's log-probs, by `digest`
+        self.version = 0  # of the reference that they are of
+        self.bad_steps = self.skipped = 0  # updates left out: in a row, and in all
+        self.begin_step(c.beta[0])
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """RMSprop or AdamW, a multi-tensor pass for each block: its temporaries are then small."""
         c, blocks = self.config, [*self.policy.model["layers"].children()]
         inner = {p for block in blocks for p in block.parameters()}
-        others = [p for p in self.policy.parameters() if p not in inner]
-        parameters = [{"params": [*block.parameters()]} for block in blocks]
-        parameters.append({"params": others})
-        settings: dict[str, Any] = {"lr": c.lr, "weight_decay": c.weight_decay, "foreach": True}
+        groups = [{"params": [*block.parameters()]} for block in blocks]
+        groups.append({"params": [p for p in self.policy.parameters() if p not in inner]})
+        settings: dict[str, Any] = {"lr": c.lr[0], "weight_decay": c.weight_decay, "foreach": True}
         if c.optimizer == "rmsprop":
-            return torch.optim.RMSprop(parameters, **settings)
-        settings["betas"] = (0.9, c.adam_beta2)
-        return torch.optim.AdamW(parameters, **settings)
+            return torch.optim.RMSprop(groups, **settings)
+        return torch.optim.AdamW(groups, betas=(0.9, c.adam_beta2), **settings)
 
-    def make_source(self, ref_update_every: int) -> sapo.Source:
-        """The source of pairs that --method names. A new method is a branch here."""
-        c, rows = self.config, self.job.rows
-        if c.method in ("sft", "dpo", "orpo"):
-            if c.method == "sft":
-                rows = [Pair(row.prompt, row.chosen, []) for row in rows]
-            return sapo.Static(rows, c)
-        if c.method == "spin":
-            opponent = self.models["reference"]
-            return sapo.SPIN(rows, self.policy, opponent, self.generate, c, self.bounds)
-        eos_ids = self.job.tokenizer.eos_ids
-        if c.method == "sgpo":
-            check = data.check_answer if self.job.on_tasks else None
-            known = (self.job.asks, self.policy, self.generate, c, self.job.tokenizer, self.bounds)
-            return sgpo.SGPO(*known, self.gold_scores, check)
-        models = (self.policy, self.models["ema"], self.models.get("reference"))
-        c = dataclasses.replace(c, ref_update_every=ref_update_every)
-        return sapo.SAPO(rows, *models, self.generate, c, eos_ids, self.phase)
+    def begin_step(self, beta: float) -> None:
+        """Sets the step's beta and its clocks."""
+        self.beta, self.seconds = beta, dict[str, float]()
+        self.generated, self.referred = 0, 0  # tokens sampled, and computed by the reference
 
-    def gold_scores(self, rows: Sequence[Pair]) -> list[float]:
-        """Summed log-probs of responses under the reference, or the policy where there is none."""
-        held, began = self.seconds, time.perf_counter()
-        self.seconds = {}  # its time is no policy's or reference's of the step
-        stats = self.score(rows, False, self.models.get("reference", self.policy))
-        self.seconds = held | {"judge": time.perf_counter() - began}
-        return stats[:, COLUMNS.index("logps/chosen")].tolist()
+    @contextlib.contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Adds the time within to `seconds[name]`, less that of clocks within this one."""
+        began, before = time.perf_counter(), sum(self.seconds.values())
+        yield
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        inner = sum(self.seconds.values()) - before
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began - inner
 
-    def train(self) -> None:
-        """The loop. t counts optimizer updates done."""
-        t = self.restore() if self.config.resume else 0
-        began, first = time.perf_counter(), t
-        while t < self.steps:
-            row = self.step(t)
-            t += 1
-            if t == self.steps or (self.config.eval_every and t % self.config.eval_every == 0):
-                row |= self.evaluate()
-            told = {"seconds/eval", "improve/pairs"} & row.keys()
-            if t % self.config.log_every == 0 or t == self.steps or told:
-                self.log(t, row, (time.perf_counter() - began) / (t - first))
-            stops = self.ranks.stops()
-            if stops or (self.config.save_every and t % self.config.save_every == 0):
-                self.save(t)
-            if stops:
-                raise Stopped(f"stopped after step {self.job.before + t}; --resume goes on")
-        self.save_final()
-
-    def step(self, t: int) -> dict[str, float]:
-        """One update: pairs, gradients over micro-batches, clipping, the optimizer. Its row."""
-        c, began = self.config, time.perf_counter()
-        iteration, first, _ = self.stretch(t)
-        if t == first:  # SPIN's iterations and SGPO's rounds are runs of their own
-            self.optimizer.state.clear()
-        if c.method == "spin":
-            self.beta = nth(c.iteration_beta, iteration, c.beta)
-        self.seconds, self.generated, self.referred = {}, 0, 0
-        with self.phase("source"):
-            pairs = self.source.before_step(t)
-        self.write_pairs()
-        row = {"lr": self.lr_at(t), "pairs": float(len(pairs)), "grad_norm": 0.0}
-        stats = torch.zeros(0, len(COLUMNS), dtype=torch.float64)
-        if pairs:
-            stats = self.score(pairs, learn=True)
-            row |= self.summary(pairs, stats, "")
-            row |= self.drift.observe(pairs, stats[:, COLUMNS.index("logps/chosen")].tolist())
-            with self.phase("optimizer"):
-                row["grad_norm"] = self.update(row["lr"], row["loss"])
-        row["skipped"] = float(self.skipped)
-        row["tokens/generate"] = float(self.generated)
-        if self.compares:
-            row["tokens/reference"] = float(self.referred)
-        if c.show_every and t % c.show_every == 0 and self.ranks.first:
-            shown = [pair for pair in pairs if isinstance(pair, sapo.SegmentPair)]
-            print(*(sample.paint(pair, self.job.tokenizer.decode) for pair in shown[:1]), sep="\n")
-        sides = [side for p in pairs for side in p[1:] if side]
+    def spent(self, pairs: Sequence[Pair], seconds: float) -> dict[str, float]:
+        """The step's clocks and counts. `tokens_per_second` counts separate sequences."""
+        sides = [side for pair in pairs for side in pair[1:3] if side]
         tokens = sum(map(len, sides)) + sum(len(p.prompt) * (1 + bool(p.rejected)) for p in pairs)
-        row["tokens_per_second"] = tokens / (time.perf_counter() - began)
-        row |= self.source.metrics | {f"seconds/{k}": v for k, v in self.seconds.items()}
-        self.record(self.job.before + t + 1, pairs, stats, row)
-        return row
+        row = {"skipped": float(self.skipped), "tokens/generate": float(self.generated)}
+        if sapo.compares(self.config):
+            row["tokens/reference"] = float(self.referred)
+        row["tokens_per_second"] = tokens / seconds
+        return row | {f"seconds/{name}": value for name, value in self.seconds.items()}
 
-    def write_pairs(self) -> None:
-        """Appends what SGPO's source has just made to pairs.jsonl, as rows that --data reads."""
-        if not (isinstance(self.source, sgpo.SGPO) and self.source.fresh and self.ranks.first):
-            return
-        read = self.job.tokenizer.response_text
-        with self.job.metrics.with_name("pairs.jsonl").open("a", encoding="utf-8") as file:
-            for ask, pair in zip(self.source.asked, self.source.fresh, strict=True):
-                row = {"round": self.source.round, "prompt": as_prompt(ask.messages)}
-                row |= {"chosen": read(pair.chosen), "rejected": read(pair.rejected)}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def record(self, step: int, pairs: list[Pair], stats: Tensor, row: dict[str, float]) -> None:
-        """The step, for --trace: the policy's norm is that after it, the EMA's that within it."""
-        if self.job.trace is None or step > self.config.trace_steps:
-            return
-        norms = {f"norm/{name}": math.nan for name in ("policy", "ema", "reference")}
-        norms |= {f"norm/{name}": self.norm(model) for name, model in self.models.items()}
-        if self.ranks.first:
-            scalars = {key: row.get(key, math.nan) for key in ("loss", "nll", "grad_norm", "lr")}
-            scalars |= norms | {"beta": self.beta}
-            columns = dict(zip(COLUMNS, stats.unbind(1), strict=True))
-            self.job.trace.add(step, pairs, self.source.picked, columns, self.source.fresh, scalars)
-
-    def norm(self, model: Transformer) -> float:
-        """The root of the sum of all squared weights, summed in float64 (collective)."""
-        squares = sum(local(p).detach().double().square().sum() for p in model.parameters())
-        return math.sqrt(float(self.ranks.sum(torch.as_tensor(squares))))
-
-    def stretch(self, t: int) -> tuple[int, int, int]:
-        """The number, first step and end of the iteration or round of step t."""
-        number = bisect.bisect_right(self.bounds, t, hi=len(self.bounds) - 1) - 1
-        return number, self.bounds[number], self.bounds[number + 1]
-
-    def lr_at(self, t: int) -> float:
-        """The learning rate of the update from t to t + 1: lr / W, 2 lr / W, ... over W warm-up
-        steps, lr at the last of them, then down; the linear schedule ends at lr / (T - W)."""
-        c = self.config
-        number, first, end = self.stretch(t)
-        steps, t, peak = end - first, t - first, c.lr
-        if c.method == "spin":
-            peak = nth(c.iteration_lr, number, c.lr)
-        warmup = round(c.warmup * steps) if c.warmup < 1 else round(c.warmup)
-        if t < warmup:
-            return peak * (t + 1) / warmup
-        done = (t - warmup) / max(1, steps - warmup)
-        if c.schedule == "linear":
-            return peak * (1 - done)
-        if c.schedule == "cosine":
-            return peak * 0.5 * (1 + math.cos(math.pi * done))
-        if c.schedule == "inverse_sqrt":
-            return peak * math.sqrt(max(1, warmup) / (t + 1))
-        return peak
-
-    def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Pair], Tensor, bool]]:
-        """This rank's micro-batches: places among the pairs, the pairs, their weights, and whether
-        it is the last.
+    def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Pair], Tensor]]:
+        """This rank's micro-batches: places among the pairs, the pairs, and their weights.
 
         Each rank takes every world-th pair in order of length, so that all have alike work. Where
         they do not come out even, a rank repeats a pair with weight 0: all must run as many passes.
         """
         count, size = len(pairs), self.config.micro_batch_size
-        order = sorted(range(count), key=lambda i: sum(map(len, pairs[i])))
+        order = sorted(range(count), key=lambda i: sum(map(len, pairs[i][:3])))
         mine = order[self.ranks.rank :: self.ranks.world]
         real = len(mine)
         mine += order[-1:] * (math.ceil(count / self.ranks.world) - real)
         for first in range(0, len(mine), size):
             places = mine[first : first + size]
             weights = torch.tensor([float(first + k < real) for k in range(len(places))])
-            batch = [pairs[i] for i in places]
-            yield places, batch, weights.to(self.ranks.device), first + size >= len(mine)
+            yield places, [pairs[i] for i in places], weights.to(self.ranks.device)
 
-    def reference_logps(self, pairs: Sequence[Pair], keep: bool) -> Tensor:
-        """(N, 2) float32 on every rank: summed log-probs of chosen and rejected by the reference.
+    def sums(self, model: Transformer, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
+        """Summed log-probs of chosen and rejected under a model, on every rank; no gradient."""
+        table = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.ranks.device)
+        for places, batch, weights in self.shares(pairs):
+            with torch.no_grad():
+                both = torch.stack(lm.pair_logprobs(model, batch)[:2], dim=1)
+            table[places] += both.double() * weights[:, None]
+        return [*map(tuple, self.ranks.sum(table).tolist())]
 
-        They are computed once for a pair, and kept until the reference changes; all ranks keep the
-        same. `keep`: false for pairs that will not come again.
+    def logps(self, rows: Sequence[Pair]) -> list[float]:
+        """The summed log-probs of `chosen` under the policy."""
+        with self.clock("logps"):
+            return [chosen for chosen, _ in self.sums(self.policy, rows)]
+
+    def reference_logps(self, pairs: Sequence[Pair], version: int, keep: bool) -> Tensor:
+        """(N, 2) float32 on every rank: log-probs of chosen and rejected under the reference.
+
+        They are computed once for a pair, and kept until the reference changes or the pair cannot
+        come again (`forget`); all ranks keep the same. `keep`: false for held-out pairs.
         """
-        if self.source.reference_version != self.reference_version:
-            self.reference_version = self.source.reference_version
-            self.known_logps.clear()
-        keys = [hash_seed(*pair) for pair in pairs]
-        missing = dict(zip(keys, pairs, strict=True))
-        missing = {key: pair for key, pair in missing.items() if key not in self.known_logps}
-        table = torch.zeros(len(missing), 2, dtype=torch.float64, device=self.ranks.device)
-        for places, batch, weights, _ in self.shares(list(missing.values())):
-            with self.phase("reference"), torch.no_grad():
-                sums = lm.pair_logprobs(self.models["reference"], batch)[:2]
-            table[places] += torch.stack(sums, dim=1).double() * weights[:, None]
+        if version != self.version:
+            self.version = version
+            self.known.clear()
+        keys = [digest(pair) for pair in pairs]
+        missing = {k: p for k, p in zip(keys, pairs, strict=True) if k not in self.known}
+        with self.clock("reference"):
+            found = dict(
+                zip(missing, self.sums(self.models["reference"], [*missing.values()]), strict=True)
+            )
         self.referred += sum(map(lm.tree_size, missing.values()))
-        found = dict(zip(missing, map(tuple, self.ranks.sum(table).tolist()), strict=True))
-        rows = [found[key] if key in found else self.known_logps[key] for key in keys]
+        rows = [found[key] if key in found else self.known[key] for key in keys]
         if keep:
-            self.known_logps |= found
+            self.known |= found
         return torch.tensor(rows, dtype=torch.float32, device=self.ranks.device).view(-1, 2)
 
-    def score(self, pairs: Sequence[Pair], learn: bool, alone: Transformer | None = None) -> Tensor:
-        """(N, 12) float64 on every rank, COLUMNS in the pairs' order; `learn`: the gradient too;
-        `alone`: a model to take in the policy's place, without a reference.
-        """
+    def forget(self, pairs: Sequence[Pair]) -> None:
+        """Drops what is known of pairs that cannot come again."""
+        for pair in pairs:
+            self.known.pop(digest(pair), None)
+
+    def score(self, pairs: Sequence[Pair], version: int, learn: bool) -> dict[str, Tensor]:
+        """Columns of (N,) float64, by the names of COLUMNS, on every rank; `learn`: the gradient
+        too. `version` is the reference's."""
         c, count = self.config, len(pairs)
         stats = torch.zeros(count, len(COLUMNS), dtype=torch.float64, device=self.ranks.device)
-        tokens = sum(len(pair.chosen) for pair in pairs)
-        constants = (self.beta, c.label_smoothing, c.orpo_lambda, c.length_normalize)
         references = torch.zeros(count, 2, device=self.ranks.device)
-        if self.compares and alone is None:
-            references = self.reference_logps(pairs, keep=learn)
-        for places, batch, weights, last in self.shares(pairs):
-            if isinstance(self.policy, FSDPModule):
-                self.policy.set_requires_gradient_sync(last)
+        if sapo.compares(c) and pairs:
+            references = self.reference_logps(pairs, version, keep=learn)
+        tokens = sum(len(pair.chosen) for pair in pairs)
+        for places, batch, weights in self.shares(pairs):
             reference = references[places].unbind(1)
-            with self.phase("policy"), torch.set_grad_enabled(learn):
-                parts = lm.pair_token_logprobs(alone or self.policy, batch)
+            with self.clock("policy"), torch.set_grad_enabled(learn):
+                parts = lm.pair_token_logprobs(self.policy, batch)
                 policy = lm.pair_sums(parts)
-                losses, *rewards = sapo.pair_loss(c.loss, policy, reference, *constants)
+                losses, *rewards = sapo.pair_loss(c, self.beta, policy, reference)
                 loss = (losses * weights).sum() / count
-                loss = loss - self.nll_weight * (policy[0] * weights).sum() / tokens
+                loss = loss - c.nll * (policy[0] * weights).sum() / tokens
                 if learn:  # FSDP averages gradients over ranks; the sum is wanted
                     (loss * self.ranks.world).backward()
             computed = torch.tensor([lm.tree_size(pair) for pair in batch], device=loss.device)
             whole = (losses, *policy[:2], *reference, *rewards)
             segments = sapo.segment_logprobs(batch, parts).unbind(1)
-            columns = torch.stack([x.detach().double() for x in (*whole, *segments, computed)], 1)
-            stats[places] += columns * weights[:, None]
-        return self.ranks.sum(stats).cpu()  # once: each number read from a device waits for it
-
-    @property
-    def compares(self) -> bool:
-        """Whether the loss reads the reference."""
-        return self.config.loss not in (None, "orpo")
-
-    def summary(self, pairs: Sequence[Pair], stats: Tensor, prefix: str) -> dict[str, float]:
-        """Means over the pairs; accuracies leave out pairs whose two sides are equal."""
-        column = dict(zip(COLUMNS, stats.unbind(1), strict=True))
-        row = {"nll": -float(column["logps/chosen"].sum()) / sum(len(p.chosen) for p in pairs)}
-        row["loss"] = float(column["losses"].mean()) + self.nll_weight * row["nll"]
-        row["logps/chosen"] = float(column["logps/chosen"].mean())
-        row["tokens/policy"] = float(column["tokens"].sum())
-        if self.config.method != "sft" and all(pair.rejected for pair in pairs):
-            good, bad = column["rewards/chosen"], column["rewards/rejected"]
-            told = torch.tensor([p.rejected != p.chosen for p in pairs])
-            for key in ("logps/rejected", "rewards/chosen", "rewards/rejected"):
-                row[key] = float(column[key].mean())
-            row["rewards/margins"] = float((good - bad).mean())
-            if told.any():
-                row["rewards/accuracies"] = float((good > bad)[told].double().mean())
-            row["pairs/identical"] = 1 - float(told.double().mean())
-            segments = stats[:, COLUMNS.index("logps/segment") : COLUMNS.index("tokens")]
-            row |= sapo.segment_metrics(pairs, segments)
-        return {prefix + key: value for key, value in row.items()}
+            columns = [x.detach().double() for x in (*whole, *segments, computed)]
+            stats[places] += torch.stack(columns, 1) * weights[:, None]
+        table = self.ranks.sum(stats).cpu()  # once: each number read from a device waits for it
+        return dict(zip(COLUMNS, table.unbind(1), strict=True))
 
     def update(self, lr: float, loss: float) -> float:
         """Clips, steps, and returns the gradient's norm before clipping. A step whose loss or norm
-        is not finite is skipped; five in a row end the run."""
+        is not finite is skipped, and counted."""
         limit = self.config.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit, foreach=True)
         value = float(self.ranks.whole(norm))
@@ -819,12 +353,6 @@ class Trainer:
         self.optimizer.zero_grad()
         self.bad_steps = 0 if good else self.bad_steps + 1
         self.skipped += not good
-        if self.bad_steps == 5:
-            last = max(self.checkpoints().items(), default=(0, "none: see --save-every"))[1]
-            raise InputError(
-                "loss or gradient was not finite 5 steps in a row: try a lower --lr; "
-                f"the last checkpoint is {last}"
-            )
         return value
 
     def generate(
@@ -834,98 +362,205 @@ class Trainer:
         budgets: list[int],
         seeds: list[int],
         temperature: float | None = None,
+        keep: bool = False,
     ) -> tuple[list[list[int]], list[float]]:
-        """`generate` with the rows spread over the ranks; every rank gets all of the answer: the
-        new tokens, and the sum of their log-probs under the model as it is."""
-        c, count = self.config, len(prompts)
-        mine = range(self.ranks.rank, count, self.ranks.world)
-        sampling: dict[str, Any] = {
-            "temperature": c.temperature if temperature is None else temperature,
-            "top_k": c.top_k, "top_p": c.top_p, "eos_ids": self.job.tokenizer.eos_ids,
-            "batch_size": c.generate_batch_size, "seed": [seeds[i] for i in mine],
-            "return_logprobs": True,
-        }  # fmt: skip
-        prompts, budgets = [prompts[i] for i in mine], [budgets[i] for i in mine]
-        with self.phase("generate"), self.ranks.decoder(model) as ready:
-            new, logps = lm.generate(ready, prompts, budgets, **sampling)
-            rows = self.ranks.share_rows(dict(zip(mine, new, strict=True)), count)
-            sums = torch.zeros(count, dtype=torch.float64, device=self.ranks.device)
-            sums[list(mine)] = torch.tensor([math.fsum(x) for x in logps]).to(sums)
-        self.generated += sum(map(len, rows))
-        return rows, self.ranks.sum(sums).tolist()
+        """As `sapo.Run` says. The rows are spread over the ranks; each gets all of the answer."""
+        c, ranks = self.config, self.ranks
+        sampling: dict[str, Any] = {"top_k": c.top_k, "top_p": c.top_p, "return_logprobs": True}
+        sampling["temperature"] = c.temperature if temperature is None else temperature
+        sampling |= {"eos_ids": self.tokenizer.eos_ids, "batch_size": c.generate_batch_size}
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out rows scored as training pairs are, and what the job's own test measures."""
-        row: dict[str, float] = {}
-        began = time.perf_counter()
-        with self.phase("eval"):
-            if self.job.eval_rows:
-                pairs = self.source.eval_pairs(self.job.eval_rows)
-                row |= self.summary(pairs, self.score(pairs, learn=False), "eval/")
-            if self.job.test is not None:
-                with self.ranks.decoder(self.policy) as ready:
-                    row |= self.job.test(ready)
-        return row | {"seconds/eval": time.perf_counter() - began}
+        def write(rows: Sequence[Ask]) -> list[tuple[list[int], float]]:
+            mine = rows[ranks.rank :: ranks.world]
+            asked, most, keys = ([row[k] for row in mine] for k in range(3))
+            new, logps = lm.generate(ready, asked, most, seed=keys, **sampling)
+            self.generated += sum(map(len, new))
+            return ranks.join(new, [*map(math.fsum, logps)], len(rows))
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time within to `seconds[name]`, less that of phases within this one."""
-        began, before = time.perf_counter(), sum(self.seconds.values())
-        yield
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        inner = sum(self.seconds.values()) - before
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began - inner
+        rows = [*zip(prompts, budgets, seeds, strict=True)]
+        with self.clock("generate"), ranks.decoder(model) as ready:
+            kept = keep and self.journal is not None
+            done = self.journal.complete(ranks.norm(model), rows, write) if kept else write(rows)
+        return [tokens for tokens, _ in done], [logp for _, logp in done]
 
-    def log(self, step: int, row: dict[str, float], pace: float) -> None:
-        """Appends the row to metrics.jsonl and prints the line that a person reads."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside the policy's weights, by name, sharded as it lies."""
+        tree = {
+            f"{role}.{name}": parameter
+            for role, model in self.models.items()
+            if role != "policy"
+            for name, parameter in model.named_parameters()
+        }
+        tree |= {
+            f"optimizer.{name}.{key}": value
+            for name, parameter in self.policy.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        tree["known.keys"] = torch.tensor([*self.known], dtype=torch.int64)
+        tree["known.logps"] = torch.tensor([*self.known.values()], dtype=torch.float64).view(-1, 2)
+        tree["counts"] = torch.tensor([self.bad_steps, self.skipped, self.version])
+        return tree
+
+    def load_state_dict(self, tree: Mapping[str, Tensor]) -> None:
+        """Takes up what `state_dict` gave, each rank its shards."""
+        for role, model in self.models.items():
+            for name, parameter in model.named_parameters() if role != "policy" else ():
+                with torch.no_grad():
+                    self.ranks.place(parameter, tree[f"{role}.{name}"])
+        for name, parameter in self.policy.named_parameters():
+            for key in ("step", "square_avg", "exp_avg", "exp_avg_sq"):
+                if (saved := f"optimizer.{name}.{key}") in tree:
+                    state = self.optimizer.state[parameter]
+                    state[key] = tree[saved]
+                    if key != "step":
+                        state[key] = torch.zeros_like(parameter).detach()
+                        self.ranks.place(state[key], tree[saved])
+        logps = map(tuple, tree["known.logps"].tolist())
+        self.known = dict(zip(tree["known.keys"].tolist(), logps, strict=True))
+        self.bad_steps, self.skipped, self.version = tree["counts"].tolist()
+
+
+# What `Learner.score` tells of each pair, and a trace keeps. The last five: the log-probs of B, of
+# B', of C after B and of C after B', all under the policy, and the tokens computed.
+COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejected rewards/chosen
+    rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest tokens""".split()  # noqa: SIM905
+
+
+def digest(pair: Pair) -> int:
+    """What the reference's log-probs of a pair are kept by."""
+    return hash_seed(*pair[:3])
+
+
+# ---------------------------------------------------------------------- what lies on disk
+
+
+@dataclass
+class Files:
+    """What one training run reads and leaves; the start, the control, the improver and the method
+    are a run each. All ranks call `save`, `restore` and `save_final`: they gather the weights."""
+
+    ranks: Ranks
+    tokenizer: data.Tokenizer
+    metrics: Path  # a JSON object per logged step
+    final: Path  # the trained model
+    checkpoints: Path | None = None
+    phase: str = ""  # its name in the rows
+    before: int = 0  # steps of the phases before this one
+    eval_rows: Sequence[Pair] = ()
+    test: Callable[[Transformer], dict[str, float]] | None = None  # more held-out metrics
+    trace: Trace | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)  # more files beside a model, by name
+
+    def show(
+        self,
+        t: int,
+        pairs: Sequence[Pair],
+        table: Mapping[str, Tensor],
+        row: Mapping[str, float],
+        learner: Learner,
+        source: Source,
+    ) -> None:
+        """A step's pairs and numbers, for --trace and --show-every."""
+        c = learner.config
+        if self.trace is not None and self.before + t <= c.trace_steps:
+            norms = {f"norm/{name}": math.nan for name in ("policy", "ema", "reference")}
+            norms |= {f"norm/{r}": self.ranks.norm(m) for r, m in learner.models.items()}
+            scalars = {key: row.get(key, math.nan) for key in ("loss", "nll", "grad_norm", "lr")}
+            scalars |= norms | {"beta": learner.beta}
+            if self.ranks.first:
+                self.trace.add(self.before + t, pairs, table, source, scalars)
+        if c.show_every and (t - 1) % c.show_every == 0 and self.ranks.first:
+            for pair in [pair for pair in pairs if pair.cut is not None][:1]:
+                print(sample.paint(pair, self.tokenizer.decode))
+
+    def log(self, t: int, row: dict[str, float], source: Source, pace: float) -> None:
+        """Appends the row to metrics.jsonl, and what the source has made to pairs.jsonl; prints the
+        line that a person reads. `pace`: seconds a step."""
         if not self.ranks.first:
             return
-        name = self.job.phase or self.config.method
-        whole = {"step": self.job.before + step, "phase": name} | row
-        whole = {k: None if v in (math.inf, -math.inf) or v != v else v for k, v in whole.items()}
-        with self.job.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(whole) + "\n")
+        told = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        append(self.metrics, [{"step": self.before + t, "phase": self.phase} | told])
+        if source.made:
+            append(self.metrics.with_name("pairs.jsonl"), source.made)
         names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
         names |= {"segment/identical": "same", "grad_norm": "norm", "lr": "lr"}
         shown = " ".join(f"{names[k]} {row[k]:.4g}" for k in names if k in row)
-        left = round(pace * (self.steps - step))
+        left = round(pace * (source.bounds[-1] - t))
         clock = f"{1 / pace:.2f} steps/s {left // 60}:{left % 60:02} left"
-        print(f"{name} {step}/{self.steps} {shown} {clock}", flush=True)
+        print(f"{self.phase} {t}/{source.bounds[-1]} {shown} {clock}", flush=True)
 
-    # What a run leaves behind. All ranks call these: the weights are gathered by all of them.
+    def numbered(self) -> dict[int, Path]:
+        """The checkpoints on disk by their number of steps."""
+        folders = [] if self.checkpoints is None else self.checkpoints.glob("step-*")
+        return {int(f.name[5:]): f for f in folders if f.name[5:].isdecimal()}
+
+    def save(self, t: int, learner: Learner, source: Source) -> None:
+        """checkpoints/step-N: the policy as a folder that transformers loads, and one tree of
+        tensors for all else, after N updates and before anything of the next step."""
+        if self.checkpoints is None:
+            return
+
+        def write(folder: Path) -> None:
+            self.save_model(learner.policy, folder / "policy", torch.float32)
+            tree = learner.state_dict() | {"bounds": torch.tensor(source.bounds)}
+            tree |= {f"source.{name}": value for name, value in source.state_dict().items()}
+            (folder / "state").mkdir(exist_ok=True)
+            lm.write_weights(folder / "state", tree, self.ranks.fetch, self.ranks.first)
+
+        self.publish(self.checkpoints / f"step-{self.before + t}", write)
+        if learner.config.keep and self.ranks.first:
+            for _, folder in sorted(self.numbered().items())[: -learner.config.keep]:
+                shutil.rmtree(folder)
+
+    def restore(self, learner: Learner, source: Source) -> int:
+        """Takes up the newest whole checkpoint of this phase; returns the steps that it has done of
+        it, or 0 where there is none."""
+        step, parameters = self.before, dict(learner.policy.named_parameters())
+        for number, folder in sorted(self.numbered().items(), reverse=True):
+            if number <= self.before:
+                break
+            try:  # reads headers alone
+                lm.find_weights(parameters, folder / "policy")
+                tree = lm.Tensors(folder / "state")
+            except InputError as error:
+                self.ranks.warn(f"{folder} is not whole, and left out: {error}")
+                continue
+            if number - self.before > source.bounds[-1]:
+                told = f"--steps {source.bounds[-1]}, but {folder} is beyond that already"
+                raise InputError(told)
+            lm.load_weights(parameters, folder / "policy", self.ranks.place)
+            learner.load_state_dict(tree)
+            names = [name for name in tree if name.startswith("source.")]
+            source.load_state_dict({name.removeprefix("source."): tree[name] for name in names})
+            source.bend(tree["bounds"].tolist(), number - self.before)
+            step = number
+            break
+        if self.ranks.first:
+            keep_rows(self.metrics, "step", step)
+            keep_rows(self.metrics.with_name("pairs.jsonl"), "round", source.round)
+            found = f"resuming after step {step}" if step > self.before else "no checkpoint yet"
+            print(found if step > self.before else f"{found}: starting afresh")
+        self.ranks.barrier()
+        return step - self.before
+
+    def save_final(self, learner: Learner) -> None:
+        """The policy, in the type that --save-dtype says."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[learner.config.save_dtype]
+        self.publish(self.final, lambda folder: self.save_model(learner.policy, folder, dtype))
 
     def save_model(self, model: Transformer, folder: Path, dtype: torch.dtype) -> None:
         """A Hugging Face folder of a model, with its tokenizer."""
-        parameters = dict(model.named_parameters())
-        sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
         if self.ranks.first:
             folder.mkdir(parents=True)
             lm.write_config(folder, model.config, dtype)
-            self.job.tokenizer.save(folder)
+            self.tokenizer.save(folder)
             file = folder / "generation_config.json"  # others should stop where we do
             raw = lm.read_json(file) if file.exists() else {}
-            raw["eos_token_id"] = list(self.job.tokenizer.eos_ids)
-            file.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-            if self.config.method == "sgpo" or self.job.phase == "improver":  # for --improve
-                said = json.dumps({"instruction": self.config.improver_instruction}, indent=2)
-                (folder / sample.IMPROVER_FILE).write_text(said + "\n", encoding="utf-8")
-        fetch = lambda name: self.ranks.whole(parameters[name]).to(dtype).cpu()  # noqa: E731
-        lm.write_weights(folder, sizes, fetch, self.ranks.first)
-
-    def save_final(self) -> None:
-        """OUT/final: the policy, in the type that --save-dtype says."""
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.save_dtype]
-        self.publish(self.job.final, lambda folder: self.save_model(self.policy, folder, dtype))
-
-    def save(self, step: int) -> None:
-        """checkpoints/step-N: models, optimizer and source after N updates."""
-        if self.job.checkpoints is not None:
-            number = self.job.before + step
-            self.publish(self.job.checkpoints / f"step-{number}", self.write_checkpoint)
-            if self.config.keep and self.ranks.first:
-                for _, folder in sorted(self.checkpoints().items())[: -self.config.keep]:
-                    shutil.rmtree(folder)
+            raw["eos_token_id"] = list(self.tokenizer.eos_ids)
+            for name, text in {file.name: json.dumps(raw, indent=2), **self.beside}.items():
+                (folder / name).write_text(text + "\n", encoding="utf-8")
+        fetch = functools.partial(self.ranks.fetch, dtype=dtype)
+        lm.write_weights(folder, dict(model.named_parameters()), fetch, self.ranks.first)
 
     def publish(self, folder: Path, write: Callable[[Path], None]) -> None:
         """Writes a folder that appears whole or not at all: beside its place, then renamed. What
@@ -953,107 +588,92 @@ class Trainer:
             shutil.rmtree(old, ignore_errors=True)
         self.ranks.barrier()
 
-    def write_checkpoint(self, folder: Path) -> None:
-        """Models as Hugging Face folders, the rest as safetensors."""
-        for name, model in self.models.items():
-            self.save_model(model, folder / name, torch.float32)
-        state = {
-            f"{name}.{key}": value
-            for name, parameter in self.policy.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-        sizes = {name: value.numel() * value.element_size() for name, value in state.items()}
-        if self.ranks.first:
-            (folder / "optimizer").mkdir()
-            save_file(self.source.state_dict(), folder / "source.safetensors")
-            save_file(self.drift.state_dict(), folder / "drift.safetensors")
-            kept = torch.tensor([*self.known_logps.values()], dtype=torch.float64).view(-1, 2)
-            keys = torch.tensor([*self.known_logps], dtype=torch.int64)
-            save_file({"keys": keys, "logps": kept}, folder / "reference_logps.safetensors")
-            counts = {"skipped": self.skipped, "bad_steps": self.bad_steps, "bounds": self.bounds}
-            counts |= {"reference_version": self.reference_version}
-            (folder / "trainer.json").write_text(json.dumps(counts) + "\n", encoding="utf-8")
-        fetch = lambda name: self.ranks.whole(state[name]).cpu()  # noqa: E731
-        lm.write_weights(folder / "optimizer", sizes, fetch, self.ranks.first)
 
-    def checkpoints(self) -> dict[int, Path]:
-        """The checkpoints on disk by their number of steps."""
-        folders = [] if self.job.checkpoints is None else self.job.checkpoints.glob("step-*")
-        return {int(f.name[5:]): f for f in folders if f.name[5:].isdecimal()}
+Ask = tuple[list[int], int, int]  # a prompt, the most new tokens, a seed
 
-    def check(self, folder: Path) -> None:
-        """Raises InputError where a checkpoint is not whole; headers are read, and no weights."""
-        for name, model in self.models.items():
-            lm.find_weights(dict(model.named_parameters()), folder / name)
-        lm.weight_files(folder / "optimizer")
-        lm.read_json(folder / "trainer.json")
-        for name in ("source", "drift", "reference_logps"):
-            with lm.open_safetensors(folder / f"{name}.safetensors"):
-                pass
 
-    def restore(self) -> int:
-        """Takes up the newest whole checkpoint of this phase; returns the steps that it has done of
-        it, or 0 where there is none."""
-        before, step = self.job.before, self.job.before
-        for number, folder in sorted(self.checkpoints().items(), reverse=True):
-            if number <= before:
-                break
-            try:
-                self.check(folder)
-            except InputError as error:
-                if self.ranks.first:
-                    print(f"warning: {folder} is not whole, and left out: {error}", file=sys.stderr)
-                continue
-            step = number
-            break
-        if step - before > self.steps:
-            raise InputError(f"--steps {self.steps}, but {folder} is beyond that already")
-        if step > before:
-            for name, model in self.models.items():
-                parameters = dict(model.named_parameters())
-                lm.load_weights(parameters, folder / name, self.ranks.place)
-            self.restore_optimizer(folder / "optimizer")
-            for name, part in (("source", self.source), ("drift", self.drift)):
-                with lm.open_safetensors(folder / f"{name}.safetensors") as file:
-                    part.load_state_dict({k: file.get_tensor(k) for k in sorted(file.keys())})
-            counts = lm.read_json(folder / "trainer.json")
-            self.skipped, self.bad_steps = int(counts["skipped"]), int(counts["bad_steps"])
-            self.bend(counts["bounds"], step - before)
-            self.reference_version = int(counts["reference_version"])
-            with lm.open_safetensors(folder / "reference_logps.safetensors") as file:
-                keys, kept = file.get_tensor("keys").tolist(), file.get_tensor("logps").tolist()
-            self.known_logps = dict(zip(keys, map(tuple, kept), strict=True))
-        if self.job.trace is not None:
-            self.job.trace.forget_after(step)
-        if self.ranks.first:
-            keep_rows(self.job.metrics, "step", step)
-            if isinstance(self.source, sgpo.SGPO):
-                keep_rows(self.job.metrics.with_name("pairs.jsonl"), "round", self.source.round)
-            found_one = step > before
-            print(
-                f"resuming after step {step}" if found_one else "no checkpoint yet: starting afresh"
-            )
-        return step - before
+@dataclass
+class Journal:
+    """A file of what has been generated of a round, so that a stopped run keeps it."""
 
-    def bend(self, old: list[int], done: int) -> None:
-        """Takes up the saved schedule. Where --steps has changed, what is left of it is stretched
-        over what is left now: iterations and rounds that have begun stay where they are."""
-        left = max(1, old[-1] - done)
-        ratio = (self.steps - done) / left
-        bent = [at if at < done else done + round((at - done) * ratio) for at in old[:-1]]
-        self.bounds[:] = [*bent, self.steps]  # in place: the source has it too
+    path: Path
+    ranks: Ranks
+    size: int  # rows at a time
 
-    def restore_optimizer(self, folder: Path) -> None:
-        """Fills the optimizer's state, each rank its shards."""
-        files = lm.weight_files(folder)
-        for name, parameter in self.policy.named_parameters():
-            state = self.optimizer.state[parameter]
-            for key in ("step", "square_avg", "exp_avg", "exp_avg_sq"):
-                if f"{name}.{key}" in files:
-                    with lm.open_safetensors(files[f"{name}.{key}"]) as file:
-                        value = file.get_tensor(f"{name}.{key}")
-                    state[key] = value if key == "step" else torch.zeros_like(parameter).detach()
-                    self.ranks.place(state[key], value)
+    def complete(
+        self,
+        stamp: float,
+        rows: Sequence[Ask],
+        write: Callable[[Sequence[Ask]], list[tuple[list[int], float]]],
+    ) -> list[tuple[list[int], float]]:
+        """The rows' answers: those on file, where the model (`stamp`) and the row are the same, and
+        the others written now. Raises Stopped where the run is to stop."""
+        keys = [hash_seed(stamp, *row) for row in rows]
+        known = {row["key"]: (row["tokens"], row["logp"]) for _, row in json_lines(self.path)}
+        left = [i for i, key in enumerate(keys) if key not in known]
+        for first in range(0, len(left), self.size):
+            some = left[first : first + self.size]
+            new = dict(zip((keys[i] for i in some), write([rows[i] for i in some]), strict=True))
+            known |= new
+            if self.ranks.first:
+                told = ({"key": k, "tokens": x, "logp": y} for k, (x, y) in new.items())
+                append(self.path, told)
+            if self.ranks.agree(self.ranks.asked_to_stop):
+                raise Stopped("stopped while answers were generated; --resume goes on")
+        return [known[key] for key in keys]
+
+
+class Trace:
+    """The first steps of a run in one safetensors file (`--trace`), to check another program by.
+
+        step/step (S,), and as long: step/loss, step/nll, step/grad_norm (before clipping), step/lr,
+            step/beta, step/norm/policy (after the step), and step/norm/ema and step/norm/reference
+            (as the step used them)
+        pair/step (N,), and as long: pair/place, where a pair was drawn from (the replay buffer
+            with this step's fresh pairs in it, 0 the oldest; SPIN's pool; SGPO's round; the rows),
+            and the columns of `Learner.score`, log-probs being sums under the policy before it
+        pair/lengths (N, 3): tokens of prompt, chosen and rejected, which lie one behind the other
+            in pair/tokens
+        pair/bounds (N, 3): chosen[start:stop] is B, rejected[start:new_stop] B', or -1; pair/logp
+            (N,): the log-prob of B' under the model that wrote it
+        fresh/...: the same five of the pairs made at a step, in the order they were stored
+
+    The flags, save names of files, are in the file's metadata, as JSON under "args".
+    """
+
+    def __init__(self, c: Config) -> None:
+        self.path, self.parts = Path(c.trace or ""), list[dict[str, Tensor]]()
+        self.partial = self.path.parent / f".{self.path.name}.partial"
+        places = "model data eval_data out resume trace improver preference_data target_source"
+        self.args = {k: v for k, v in dataclasses.asdict(c).items() if k not in places.split()}
+        if self.path.exists():
+            raise InputError(f"--trace {c.trace} is there already: name a file that is not")
+        try:
+            self.partial.touch()
+            self.partial.unlink()
+        except OSError as error:
+            raise InputError(f"--trace {c.trace} cannot be written: {error.strerror}") from None
+
+    def add(
+        self,
+        step: int,
+        pairs: Sequence[Pair],
+        table: Mapping[str, Tensor],
+        source: Source,
+        scalars: Mapping[str, float],
+    ) -> None:
+        """Records a step and writes the file anew: it is small, and the run may be killed."""
+        part = {f"step/{k}": torch.tensor([x], dtype=torch.float64) for k, x in scalars.items()}
+        part["step/step"] = torch.tensor([step])
+        part |= {f"pair/{key}": values for key, values in table.items()}
+        part["pair/place"] = torch.tensor(source.picked, dtype=torch.int64)
+        for name, made in (("pair", pairs), ("fresh", source.fresh)):
+            part |= {f"{name}/{key}": values for key, values in sapo.pack(made).items()}
+            part[f"{name}/step"] = torch.full((len(made),), step)
+        self.parts.append(part)
+        whole = {key: torch.cat([part[key] for part in self.parts]) for key in self.parts[0]}
+        save_file(whole, self.partial, {"args": json.dumps(self.args)})
+        self.partial.rename(self.path)
 
 
 def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -1069,6 +689,12 @@ def keep_rows(path: Path, key: str, most: int) -> None:
     if path.exists():
         kept = [line + b"\n" for line, row in json_lines(path) if row.get(key, most + 1) <= most]
         write_text(path, b"".join(kept).decode("utf-8"))
+
+
+def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds rows to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1088,127 +714,459 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def as_prompt(messages: data.Messages) -> Any:
-    """A conversation as a row's "prompt": the text where it is one turn of the user's."""
-    alone = len(messages) == 1 and messages[0]["role"] == "user"
-    return messages[0]["content"] if alone else list(messages)
+# -------------------------------------------------------------------------------------- the ranks
 
 
-# ------------------------------------------------------------------------------ SGPO's first phase
+def outline(folder: Path) -> Transformer:
+    """The model in a folder without its weights, once their headers agree with its config."""
+    raw = lm.read_json(folder / "config.json")
+    with torch.device("meta"):
+        model = Transformer(lm.Config.from_dict(raw, f"{folder}/config.json"))
+    lm.find_weights(dict(model.named_parameters()), folder)
+    return model
 
 
-def train_improver(config: Config, job: Job, ranks: Ranks, asks: Sequence[sgpo.Ask]) -> int:
-    """OUT/improver: the start, fine-tuned to improve its own answers. Returns the steps it took."""
-    folder, note = job.metrics.with_name("improver"), job.metrics.with_name("improver_filter.json")
-    if folder.exists():
-        return int(lm.read_json(note)["steps"])
-    settings = dataclasses.replace(
-        config, method="sft", loss=None, lr=config.improver_lr, epochs=config.improver_epochs,
-        steps=None, nll_weight=0.0, label_smoothing=0.0, length_normalize=False,
-    )  # fmt: skip
-    job = dataclasses.replace(job, final=folder, phase="improver", asks=(), test=None, eval_rows=[])
-    trainer = Trainer(settings, job, ranks)
-    targets = Targets(config, job.metrics.with_name("improver_targets.jsonl"), ranks)
-    measured = lm.read_json(note)["perplexities"] if note.exists() else []
-    models = (trainer.policy, trainer.generate, trainer.gold_scores)
-    rows, report = sgpo.improver_phase(asks, *models, config, job.tokenizer, targets, measured)
-    trainer.take(rows)
-    if ranks.first:
-        told = f"{report['targets']} targets, and {report['too_long']} too long; "
-        print(f"{told}{report['dropped']} beyond the fence, {report['fence']}", flush=True)
-        write_text(note, json.dumps({"steps": trainer.steps} | report, indent=1) + "\n")
-    trainer.train()
-    return trainer.steps
+def local(value: Tensor) -> Tensor:
+    """This rank's share of a tensor, itself where it is not sharded."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
-class Targets:
-    """--target-source, and OUT/improver_targets.jsonl with a row for each draft.
+class Ranks:
+    """The processes of the run, and the only place that knows how many there are."""
 
-    Each row is written as soon as it is known, and what is in the file is not asked for again.
-    """
+    def __init__(self) -> None:
+        self.asked_to_stop = False  # by SIGTERM or SIGINT
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:  # a lost rank is missed after half an hour, but where one works alone
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                timeout=datetime.timedelta(minutes=30),
+                device_id=self.device if cuda else None,
+            )
+            self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+            self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
 
-    def __init__(self, config: Config, path: Path, ranks: Ranks) -> None:
-        self.config, self.path, self.ranks = config, path, ranks
-        self.rows: dict[int, dict[str, Any]] = {}
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
 
-    def known(self, drafts: Sequence[sgpo.Ask]) -> Collection[int]:
-        """The drafts that the file has; all of them where the targets are a file of the user's."""
-        if self.config.target_source not in ("gold", "tasks") and not is_url(self.config):
-            return range(len(drafts))
-        for _, row in json_lines(self.path):
-            i = row["index"] if row.keys() >= {"index", "prompt", "response", "improved"} else -1
-            if 0 <= i < len(drafts) and row["prompt"] == as_prompt(drafts[i].messages):
-                self.rows[i] = row
-        return self.rows.keys()
+    def warn(self, message: str) -> None:
+        """A line on stderr, once."""
+        if self.first:
+            print(f"warning: {message}", file=sys.stderr)
 
-    def obtain(self, drafts: Sequence[sgpo.Ask], answers: dict[int, str]) -> list[data.Target]:
-        """Has the first rank ask for what is missing; the others wait, and hear of a failure."""
-        if not self.rows and not answers:
-            return data.load_targets(self.config.target_source or "")
+    def build(self, folder: Path, c: Config, role: str) -> Transformer:
+        """Loads the policy, the EMA or the reference, each rank its shard of it. They are fp32, but
+        for the reference's matrices: those are held as they would be rounded for each product.
+
+        The order is checkpointing, compilation, sharding, and only then memory and weights.
+        """
+        model = outline(folder)
+        model.compute_dtype = torch.bfloat16 if c.precision == "bf16" else None
+        model.checkpointing = c.activation_checkpointing
+        for parameter in model.parameters():
+            if role == "reference" and parameter.dim() == 2 and model.compute_dtype:
+                parameter.data = parameter.data.to(model.compute_dtype)
+        blocks = [*model.model["layers"].children()]
+        if c.compile:
+            for block in blocks:
+                # Shapes differ from batch to batch. What is fused rounds as what is not, or bf16
+                # differs with and without gradients, and the first loss is not ln 2.
+                block.compile(dynamic=True, options={"emulate_precision_casts": True})
+        if self.world > 1:
+            policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32)
+            # By default the root stays whole until a backward pass. After a forward pass without
+            # one (the EMA, the reference, an evaluation) the next update of it would be lost.
+            for part in (*blocks, model):
+                fully_shard(part, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
+        device = "cpu" if role == "ema" and c.ema_offload else self.device
+        model.to_empty(device=device).requires_grad_(role == "policy")
+        lm.load_weights(dict(model.named_parameters()), folder, self.place)
+        return model
+
+    def place(self, parameter: Tensor, value: Tensor) -> None:
+        """parameter <- this rank's share of a whole value."""
+        if isinstance(parameter, DTensor):
+            chunks = value.chunk(self.world)
+            value = chunks[self.rank] if self.rank < len(chunks) else value[:0]
+        local(parameter).copy_(value)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """The whole of a sharded tensor, on every rank (collective)."""
+        value = value.detach()
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def fetch(self, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole of a tensor (collective), in host memory on the rank that writes it."""
+        value = self.whole(value.detach().to(dtype or value.dtype))
+        return value.cpu() if self.first else value
+
+    def norm(self, model: nn.Module) -> float:
+        """The root of the sum of all squared weights, summed in float64 (collective)."""
+        squares = sum(local(p).detach().double().square().sum() for p in model.parameters())
+        return math.sqrt(float(self.sum(torch.as_tensor(squares).to(self.device))))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says so; the same answer on all."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def only_first(self, work: Callable[[], Any]) -> None:
+        """Has the first rank do what may take days; the others wait, and hear of a failure."""
         failure: Exception | None = None
-        if self.ranks.first:
+        if self.first:
             try:
-                self.gather(drafts, answers)
+                work()
             except (InputError, OSError, Stopped) as error:
                 failure = error
-        failed = self.ranks.sum(torch.tensor(float(failure is not None), device=self.ranks.device))
+        if self.world > 1:
+            failed = torch.tensor(float(failure is not None))
+            dist.all_reduce(failed, group=self.patient)
+            if failed and failure is None:
+                raise Stopped("rank 0 could not go on")
         if failure is not None:
             raise failure
-        if failed:
-            raise Stopped("rank 0 could not obtain the targets")
-        return data.load_targets(self.path)
 
-    def gather(self, drafts: Sequence[sgpo.Ask], answers: dict[int, str]) -> None:
-        """Asks and writes; at the end the rows are in the drafts' order."""
-        self.write()
-        with self.path.open("a", encoding="utf-8") as file:
-            for i, improved, why in improvements(self.config, drafts, answers):
-                self.rows[i] = {
-                    "index": i, "prompt": as_prompt(drafts[i].messages), "response": answers[i],
-                    "improved": improved,
-                } | ({"dropped": why} if why else {})  # fmt: skip
-                file.write(json.dumps(self.rows[i], ensure_ascii=False) + "\n")
-                file.flush()
-                if self.ranks.asked_to_stop:
-                    raise Stopped("stopped while targets were asked for; --resume goes on")
-        self.write()
-        dropped = collections.Counter(row.get("dropped") for row in self.rows.values())
-        print(", ".join(f"{n} {why or 'targets'}" for why, n in dropped.items()), flush=True)
+    @contextlib.contextmanager
+    def decoder(self, model: Transformer) -> Iterator[Transformer]:
+        """The model for decoding, in whose shapes nothing is compiled: in its compute type, with
+        all weights at hand, since ranks stop at different times and must not wait for each other.
+        """
+        dtype = model.compute_dtype or model.dtype
+        if self.world > 1 or dtype != model.dtype or self.device != model.device:
+            weights = {name: p.detach() for name, p in model.named_parameters()}
+            cast = {name: torch.empty_like(weight, dtype=dtype) for name, weight in weights.items()}
+            torch._foreach_copy_([*map(local, cast.values())], [*map(local, weights.values())])
+            whole = {name: self.whole(weight).to(self.device) for name, weight in cast.items()}
+            model = lm.with_weights(model.config, whole)
+        with torch.compiler.set_stance("force_eager"):
+            yield model
 
-    def write(self) -> None:
-        """The file anew, in order."""
-        rows = (json.dumps(row, ensure_ascii=False) for _, row in sorted(self.rows.items()))
-        write_text(self.path, "".join(row + "\n" for row in rows))
+    def join(
+        self, tokens: list[list[int]], logps: list[float], count: int
+    ) -> list[tuple[list[int], float]]:
+        """Rows of tokens and a number each, of which this rank has every world-th, on every rank.
+        No pickle: padded integers."""
+        if self.world == 1:
+            return list(zip(tokens, logps, strict=True))
+        mine = range(self.rank, count, self.world)
+        lengths = torch.zeros(count, dtype=torch.int64, device=self.device)
+        sums = torch.zeros(count, dtype=torch.float64, device=self.device)
+        for i, row, logp in zip(mine, tokens, logps, strict=True):
+            lengths[i], sums[i] = len(row), logp
+        self.sum(lengths)
+        most = int(lengths.max()) if count else 0
+        table = torch.zeros(count, most, dtype=torch.int64, device=self.device)
+        for i, row in zip(mine, tokens, strict=True):
+            table[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        rows = zip(self.sum(table).tolist(), lengths.tolist(), strict=True)
+        return list(zip([row[:n] for row, n in rows], self.sum(sums).tolist(), strict=True))
 
 
-def improvements(
-    config: Config, drafts: Sequence[sgpo.Ask], answers: dict[int, str]
-) -> Iterator[tuple[int, str | None, str]]:
-    """(which draft, its improvement, ""), as they come, or (which, None, why there is none)."""
-    if not is_url(config):
-        for i, answer in answers.items():
-            text, improved = drafts[i].messages[-1]["content"], drafts[i].response
-            if config.target_source == "tasks":
-                rng = random.Random(hash_seed(config.seed, "mend", i))
-                improved = data.mend_answer(text, answer, rng)
-            yield i, improved or None, "" if improved else "no gold"
-        return
-    server, places = target_server(config), list(answers)
-    questions = [
-        sgpo.target_prompt(
-            drafts[i].messages, drafts[i].response, answer, config.target_instruction
-        )
-        for i, answer in answers.items()
+# -------------------------------------------------------------------------------------- the flags
+
+
+@dataclass
+class RunFlags:
+    """The run.
+
+    In all of these classes the string under a field is its help. [code] is the official SAPO code,
+    [spin] that of SPIN, [ours] our own choice.
+    """
+
+    method: Literal["sft", "dpo", "orpo", "spin", "sapo", "sgpo"] = "sapo"
+    "where the pairs come from"
+    recipe: str | None = None
+    "settings by name, listed below; flags given explicitly win over it"
+    out: str = "out"  # [ours]
+    "the folder of the run"
+    resume: bool = False
+    "go on from the newest whole checkpoint in --out"
+    seed: Annotated[int, 0, 2**62] = 42  # [code]
+    "everything drawn at random follows from it"
+    steps: Count | None = None
+    "optimizer steps; sgpo: of phase 2, in each round; default: as --epochs says"
+    epochs: Positive = 4.0  # [code]; sft, orpo: 3
+    "passes over the training rows; spin: over the pairs of each iteration; sgpo: over the prompts \
+of phase 2, in each round; --method sft or orpo alone makes it 3"
+    save_every: Whole = 0
+    "steps between checkpoints; 0: none, but for the one that SIGTERM or SIGINT makes"
+    keep: Whole = 0
+    "how many checkpoints are kept, the newest; 0: all"
+    save_dtype: Literal["fp32", "bf16"] = "fp32"  # [ours]: an update of 5e-7 is lost in bf16
+    "type of the weights in OUT/final"
+    log_every: Count = 10  # [ours]
+    "steps between rows of metrics.jsonl"
+    eval_every: Whole = 0
+    "steps between evaluations; 0: at the end only"
+    trace: str | None = None
+    "a .safetensors file to record the first steps in: pairs, draws, log-probs, losses, norms"
+    trace_steps: Annotated[int, 1, 10**6] = 10  # [ours]
+    "how many steps --trace records"
+
+
+@dataclass
+class DataFlags:
+    """Model and data."""
+
+    model: str | None = None
+    "a Hugging Face folder to start from; default: a tiny model, pre-trained there and then"
+    data: list[str] | None = None
+    "JSON or JSONL files of training rows; default: the built-in tasks"
+    eval_data: list[str] | None = None
+    "JSON or JSONL files of held-out rows"
+    chat_template: Literal["chatml", "zephyr", "llama3"] | None = None
+    "a chat template by name, for a base model that has none of its own"
+    date: str | None = None
+    "the date, such as 2026-01-31, for chat templates that print one; default: when the run began"
+    max_length: Annotated[int, 2, 10**7] = 2048  # [code]
+    "tokens of prompt and response; longer responses are cut"
+    max_prompt_length: Annotated[int, 2, 10**7] | None = None  # [code]: 1792, of 2048
+    "rows whose prompt has this many tokens or more are dropped; default: 7/8 of --max-length"
+
+
+@dataclass
+class Optimization:
+    """Loss and optimization."""
+
+    loss: Literal["dpo", "ipo", "hinge", "orpo"] | None = None  # [code] has dpo and orpo
+    "the loss on the pairs; default: dpo, and orpo for --method orpo"
+    batch_size: Count = 64  # [code]
+    "pairs per optimizer step, over all ranks"
+    micro_batch_size: Count = 4  # [ours]
+    "pairs per forward pass and rank; it bounds memory and changes nothing else"
+    lr: list[Positive] = field(default_factory=lambda: [5e-7])  # [code]; sft 2e-5, orpo 5e-6
+    "peak learning rate; spin, sgpo: or one a round, the last for all that remain; default: 5e-7, \
+for --method sft 2e-5, orpo 5e-6"
+    beta: list[Positive] = field(default_factory=lambda: [0.1])  # [code]
+    "how strongly the reference holds the policy; spin, sgpo: or one a round; default: 0.1"
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # [code]
+    "the optimizer; --method sft or orpo alone makes it adamw"
+    adam_beta2: Annotated[float, 0.0, 1 - 1e-9] = 0.999  # torch's default
+    "AdamW's second beta"
+    weight_decay: Share = 0.0  # [ours]
+    "decoupled for AdamW, added to the gradient for RMSprop, as torch has it"
+    schedule: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"  # [code]
+    "of the learning rate, after the warm-up. Step 1 has a rate above 0, and so has the last step; \
+--method sft alone makes it cosine, orpo inverse_sqrt"
+    warmup: Annotated[float, 0.0, 1e9] = 0.1  # [code]; orpo: 100
+    "below 1 a share of the steps, otherwise a number of steps; --method orpo alone makes it 100"
+    max_grad_norm: Weight = 1.0  # [ours]; 0 is off
+    "the gradient is scaled down to this norm; 0: never"
+    label_smoothing: Annotated[float, 0.0, 0.5] = 0.0  # [code]
+    "share of pairs assumed to be labelled the wrong way round (cDPO)"
+    length_normalize: bool = False  # [code]
+    "log-probs per token in place of their sums in the dpo, ipo and hinge losses"
+    nll_weight: Weight = 0.0  # [code]
+    "weight of an added NLL term on the chosen side, per response token"
+    orpo_lambda: Weight = 0.05  # [code]
+    "weight of ORPO's odds-ratio term"
+
+    @property
+    def nll(self) -> float:
+        """The weight of the NLL on the chosen side: SFT is that alone, ORPO has it."""
+        return 1.0 if self.loss in (None, "orpo") else self.nll_weight
+
+
+@dataclass
+class Hardware:
+    """Precision and memory."""
+
+    precision: Literal["fp32", "medium", "bf16"] = "fp32"  # [ours]; [code] has bf16
+    "of the computation; weights, gradients, optimizer, EMA are fp32. medium: faster fp32 matmuls \
+where the processor has units for them, which may round their inputs to bf16"
+    activation_checkpointing: bool = False
+    "recompute each block in the backward pass, to save memory"
+    compile: bool = False
+    "compile each block with torch.compile; the first steps then take a minute or more"
+
+
+@dataclass
+class Config(sgpo.Settings, sapo.Settings, Hardware, Optimization, DataFlags, RunFlags):
+    """Every flag: what a run reads whatever its method, and the methods' own."""
+
+
+TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
+    "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": [1e-4], "max_length": 128,
+    "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.1,
+    "segment_length": "8", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+    "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256,
+    "max_new_tokens": 40,
+}  # fmt: skip
+TASKS_SGPO = TASKS | {
+    "method": "sgpo", "lr": [3e-6], "improver_lr": 1e-4, "improver_epochs": 4.0,
+    "responses_per_prompt": 8, "improve_temperature": 0.0,
+    "improver_instruction": data.REWRITE_PROMPT.replace("{draft}", "{answer}"),
+}  # fmt: skip
+RECIPES: dict[str, dict[str, Any]] = {"tasks": TASKS, "tasks-sgpo": TASKS_SGPO}
+RECIPES |= sapo.RECIPES | sgpo.RECIPES
+RECIPES |= {f"tasks-{name}": TASKS | change for name, change in sapo.ABLATIONS.items()}
+OWN: dict[str, dict[str, Any]] = {  # a method's own defaults
+    "spin": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "rounds": 4},  # [spin]
+    "sft": {"lr": [2e-5], "optimizer": "adamw", "schedule": "cosine", "epochs": 3.0},  # [code]
+    "orpo": {  # the recipe's
+        "lr": [5e-6], "optimizer": "adamw", "schedule": "inverse_sqrt", "warmup": 100.0,
+        "epochs": 3.0,
+    },
+}  # fmt: skip
+MAY_CHANGE = {"resume", "out", "steps", "epochs", "log_every", "save_every", "show_every"}
+MAY_CHANGE |= {"trace", "trace_steps", "keep"}
+
+
+def parse_args(argv: Sequence[str]) -> Config:
+    """Flags -> Config: defaults, then the recipe's values, then what was given explicitly."""
+    listing = [
+        f"  {name}\n    " + " ".join(f"{key}={value}" for key, value in values.items())
+        for name, values in RECIPES.items()
     ]
-    began = told = time.perf_counter()
-    for done, (place, found, why) in enumerate(server.ask_all(questions), 1):
-        yield places[place], found, why
-        now = time.perf_counter()
-        if now - told > 10 or done == len(questions):
-            rate, told = done / (now - began), now
-            left = round((len(questions) - done) / rate)
-            clock = f"{rate:.2f} requests/s {left // 60}:{left % 60:02} left"
-            print(f"targets {done}/{len(questions)} {clock}", flush=True)
+    parser = sample.Parser(
+        prog="train.py",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="recipes (`tasks`, or `tasks-sgpo`, is in force where no --data is given):\n"
+        + "\n".join(listing),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    given = sample.parse_flags(parser, Config, argv)
+    if "steps" in given and "epochs" in given:
+        raise InputError("--steps and --epochs both say how long to train: give one of them")
+    usual = "tasks-sgpo" if given.get("method") == "sgpo" else "tasks"
+    own = given.get("data") or (given.get("improver") and given.get("preference_data"))
+    recipe = given.get("recipe") or (None if own else usual)
+    if recipe is not None and recipe not in RECIPES:
+        raise InputError(f"--recipe {recipe!r} is none of {', '.join(RECIPES)}")
+    named = RECIPES[recipe] if recipe else {}
+    method = given.get("method", named.get("method", Config.method))
+    values = OWN.get(method, {}) | named | given | {"recipe": recipe}
+    if "epochs" in given:
+        values["steps"] = None
+    if "loss" not in given and values.get("method") != named.get("method"):
+        values["loss"] = None  # the recipe's is for the recipe's method
+    if method == "sgpo" and given.get("improver") and "improver_instruction" not in given:
+        file = Path(given["improver"]) / sample.IMPROVER_FILE
+        if file.exists():  # how it was asked in training
+            values["improver_instruction"] = sample.read_instruction(file)
+    c = check(Config(**values))
+    if c.loss == "orpo" and "beta" in given:
+        raise InputError("--beta is not read by ORPO; the weight of its term is --orpo-lambda")
+    for name in unread(c, given):
+        if int(os.environ.get("RANK", 0)) == 0:
+            told = f"warning: --{name.replace('_', '-')} is not read by such a run"
+            print(told, file=sys.stderr)
+    return c
+
+
+def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
+    """The flags that were given, and that neither the method nor its loss or optimizer reads."""
+    methods = [kind for _, kind in SOURCES.values() if kind is not object]
+    theirs = {f.name for kind in methods for f in dataclasses.fields(kind)}
+    kind = SOURCES[c.method][1]
+    read = {f.name for f in dataclasses.fields(kind)} if kind is not object else set()
+    phase_1 = "target_source target_model target_workers target_instruction improver_epochs"
+    cold = not c.temperature and not c.improve_temperature
+    idle = {
+        " ".join(theirs - read): True,
+        "beta": c.loss is None,
+        "orpo_lambda": c.loss != "orpo",
+        "ref_update ref_update_every": not sapo.compares(c),
+        "adam_beta2": c.optimizer != "adamw",
+        "top_k top_p": cold,
+        "trace_steps": c.trace is None,
+        "target_model target_workers target_instruction": not is_url(c),
+        f"{phase_1} improver_lr improver_mix fence_k fence_given model": c.improver is not None,
+    }
+    names = {name for some, applies in idle.items() if applies for name in some.split()}
+    return [name for name in given if name in names]
+
+
+def check(c: Config) -> Config:
+    """Fills in what others decide. Raises InputError for values that make no sense together."""
+    if c.max_prompt_length is None:
+        c.max_prompt_length = max(2, c.max_length * 7 // 8)
+    if c.method != "sft" and c.loss is None:
+        c.loss = "orpo" if c.method == "orpo" else "dpo"
+    whole = c.segment_length == "full" or c.segment_length.isdecimal()
+    more = max(c.sample_every, c.responses_per_prompt) > 1
+    per_token = c.loss in (None, "orpo")
+    wrong = {
+        f"--segment-length is {c.segment_length!r}, not a number of tokens or 'full'": not whole
+        or (c.segment_length != "full" and not 0 < int(c.segment_length) < 10**9),
+        f"--max-prompt-length {c.max_prompt_length} leaves no room for a response within "
+        f"--max-length {c.max_length}": c.max_prompt_length > c.max_length,
+        f"--loss {c.loss} needs pairs, and --method sft has none": c.method == "sft" and c.loss,
+        f"--method orpo with --loss {c.loss}: that is --method dpo": c.method == "orpo"
+        and c.loss != "orpo",
+        "--sample-every and --responses-per-prompt above 1 need a replay buffer, and "
+        "--replay-capacity is 0": c.method == "sapo" and not c.replay_capacity and more,
+        f"--replay-capacity {c.replay_capacity} is below --batch-size {c.batch_size}: pairs would "
+        "be dropped unseen": c.method == "sapo" and 0 < c.replay_capacity < c.batch_size,
+        "--nll-weight adds to a loss without an NLL term; SFT and ORPO have one": c.nll_weight
+        and per_token,
+        f"--label-smoothing is for --loss dpo, not {c.loss or 'SFT'}": c.label_smoothing
+        and c.loss != "dpo",
+        "--length-normalize is for the dpo, ipo and hinge losses; SFT and ORPO are per token as "
+        "they are": c.length_normalize and per_token,
+        "--chat-template is for --model: the built-in start has its own": c.chat_template
+        and not (c.model or c.improver),
+        "--trace records a run from its first step: not with --resume": c.trace is not None
+        and c.resume,
+    }
+    for message, applies in wrong.items():
+        if applies:
+            raise InputError(message)
+    if c.date is not None:
+        with lm.reading("--date"):
+            datetime.datetime.fromisoformat(c.date)
+    return check_sgpo(c) if c.method == "sgpo" else c
+
+
+def check_sgpo(c: Config) -> Config:
+    """The same for SGPO's flags; says which source of targets is meant by default."""
+    c.model = c.improver or c.model
+    c.target_source = c.target_source or ("tasks" if c.data is None else "gold")
+    if is_url(c):
+        target_server(c)
+        if not c.target_model:
+            raise InputError("--target-source is a URL: --target-model must say which model to ask")
+    if c.target_source == "tasks" and c.data is not None:
+        raise InputError("--target-source tasks mends the built-in tasks, and --data is given")
+    if c.keep_identical and c.loss != "orpo" and not c.nll_weight:
+        raise InputError(
+            "--keep-identical is for --loss orpo or --nll-weight: no other loss learns"
+        )
+    for name in ("improver_instruction", "target_instruction"):
+        for part in ("{prompt}", "{answer}"):
+            if part not in getattr(c, name):
+                raise InputError(f"--{name.replace('_', '-')} holds no {part}")
+    return c
+
+
+def is_url(c: Config) -> bool:
+    """Whether the targets are asked from a server."""
+    return (c.target_source or "").startswith(("http://", "https://"))
+
+
+def target_server(c: Config) -> data.TargetServer:
+    """The server of --target-source. Raises InputError for a URL or a key that cannot be right."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or None
+    url, model = (c.target_source or "").rstrip("/"), c.target_model or ""
+    return data.TargetServer(url, model, key, c.target_workers)
 
 
 # ---------------------------------------------------------------------------------- the whole run
@@ -1218,16 +1176,24 @@ def main(argv: Sequence[str]) -> int:
     """Parses, runs, and turns bad input into one line and exit status 2."""
     ranks = None
 
-    def on_sigterm(*_: Any) -> None:
+    def stop(number: int, _: Any) -> None:
+        """The first SIGTERM or SIGINT asks the loop to save and stop. A second SIGINT interrupts,
+        but not under torchrun, which hands a terminal's on and so sends each twice."""
         if ranks is None:
             raise SystemExit(143)
+        if (
+            ranks.asked_to_stop
+            and number == signal.SIGINT
+            and "TORCHELASTIC_RUN_ID" not in os.environ
+        ):
+            raise KeyboardInterrupt
         ranks.asked_to_stop = True
 
-    before = signal.signal(signal.SIGTERM, on_sigterm)
+    before = [(number, signal.signal(number, stop)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
-        config = parse_args(argv)
+        c = parse_args(argv)
         ranks = Ranks()
-        run(config, ranks)
+        run(c, ranks)
         return 0
     except (InputError, OSError, SafetensorError) as error:  # the last where a disk is full
         if int(os.environ.get("RANK", 0)) > 0:
@@ -1238,219 +1204,354 @@ def main(argv: Sequence[str]) -> int:
         print(stopped, file=sys.stderr)
         return 143
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def run(config: Config, ranks: Ranks) -> None:
+def run(c: Config, ranks: Ranks) -> None:
     """Reads the data, makes or takes the start, trains, and says what came of it."""
-    out, on_tasks = Path(config.out), config.data is None
-    if config.improver is not None and config.preference_data:
-        on_tasks = False
-    if config.ema_offload and ranks.world > 1:
+    out, on_tasks = Path(c.out), c.data is None and not (c.improver and c.preference_data)
+    if c.ema_offload and ranks.world > 1:
         raise InputError("--ema-offload is for one process; over several the EMA is sharded")
-    torch.set_float32_matmul_precision("highest")
-    if config.precision == "medium":
-        told = medium_error(ranks.device)  # and sets it
-        if ranks.first:
-            print(told, flush=True)
-    if config.resume and (out / "final").exists():
+    torch.set_float32_matmul_precision("medium" if c.precision == "medium" else "highest")
+    if c.resume and (out / "final").exists():
         print(f"{out} holds a finished run: nothing to resume")
         return
-    start = Path(config.model) if config.model else out / "start"
-    tokenizer = load_tokenizer(config)
-    if config.model:
+    saved = stopped_run(c, out, ranks)
+    now = datetime.datetime.now().isoformat(timespec="seconds")
+    c.date = c.date or saved.get("date") or now
+    tokenizer = load_tokenizer(c)
+    start = Path(c.model) if c.model else out / "start"
+    if c.model:
         sample.check_vocabulary(tokenizer, outline(start), start)
-    rows, eval_rows = read_rows(config, tokenizer, ranks)
-    asks, wanted = read_asks(config, tokenizer, ranks) if config.method == "sgpo" else ([], [])
-    trace = sample.Trace(config.trace, config) if config.trace is not None else None
-    claim(out, config, ranks)
-    if config.model is None and not start.exists():
-        pretrain(config, start, tokenizer, ranks)
-
-    def test(model: Transformer) -> dict[str, float]:
-        shares = sample.task_accuracy(model, tokenizer, config.seed, 0.0, "validation")
-        return {f"eval/accuracy/{kind}": share for kind, share in shares.items()}
-
-    job = Job(start, rows, eval_rows, tokenizer, out / "metrics.jsonl", out / "final")
-    job.test = test if on_tasks else None
-    job.checkpoints, job.trace = out / "checkpoints", trace
-    control = dataclasses.replace(config, method="sft", loss=None, resume=False, save_every=0)
-    beside = dataclasses.replace(job, metrics=out / "control.jsonl", final=out / "control")
-    beside.checkpoints, beside.trace = None, None
-    if config.method == "sgpo":
-        job.asks, job.on_tasks = wanted, on_tasks and config.preference_data is None
-        if config.improver is None:
-            job.before, job.start = train_improver(config, job, ranks, asks), out / "improver"
-        control.lr = config.improver_lr
-    control.steps = job.before + schedule(config, len(wanted or rows))[-1]  # as all phases take
-    with_control = on_tasks and config.method != "sft"
-    if with_control and not (out / "control").exists():
-        if ranks.first:
-            beside.metrics.unlink(missing_ok=True)
-        Trainer(control, beside, ranks).train()
-    Trainer(config, job, ranks).train()
-    if on_tasks and ranks.first:
-        models = {"start": start, "sft control": out / "control", "improver": out / "improver"}
-        models = {name: path for name, path in models.items() if path.exists()}
-        sample.print_accuracies(models | {config.method: out / "final"}, tokenizer, config.seed)
+    rows, asks, eval_rows, counts = read_rows(c, tokenizer)
+    source = SOURCES[c.method][0]
+    steps = source.schedule(len(rows), c)[-1]
     if ranks.first:
+        print(
+            f"method {c.method}, loss {c.loss or 'nll'}, model {c.model or 'built-in'}, "
+            f"{len(rows)} rows, {steps} steps, rate {' '.join(map(str, c.lr))}, {c.optimizer}, "
+            f"{c.precision}", *counts, sep="\n", flush=True,
+        )  # fmt: skip
+    trace = Trace(c) if c.trace is not None else None
+    claim(c, out, ranks, saved, inputs(c, tokenizer, rows, asks, eval_rows))
+    if not c.model and not start.exists():
+        pretrain(c, start, tokenizer, ranks)
+    files = Files(ranks, tokenizer, out / "metrics.jsonl", out / "final", out / "checkpoints")
+    files.eval_rows, files.trace, files.phase = eval_rows, trace, c.method
+    journal = Journal(out / ".generated.jsonl", ranks, 8 * c.generate_batch_size * ranks.world)
+    models = {"start": start, "sft control": out / "control", "improver": out / "improver"}
+    if on_tasks:
+        files.test = functools.partial(task_test, tokenizer=tokenizer, seed=c.seed)
+    if c.method == "sgpo":
+        told = json.dumps({"instruction": c.improver_instruction}, indent=2)
+        files.beside = {sample.IMPROVER_FILE: told}
+        if c.improver is None:
+            files.before = train_improver(c, start, asks, files, journal)
+            start = models["improver"]
+    if on_tasks and c.method != "sft" and not models["sft control"].exists():
+        control(c, models["start"], files, files.before + steps)
+    learner = Learner(c, start, tokenizer, ranks, source.roles(c), journal)
+    fit(c, learner, source(rows, learner), files)
+    if ranks.first:
+        journal.path.unlink(missing_ok=True)
+        if on_tasks:
+            models = {name: folder for name, folder in models.items() if folder.exists()}
+            sample.print_accuracies(models | {c.method: files.final}, tokenizer, c.seed)
         sample.plot_curves(out)
-        print(f"the trained model is in {out / 'final'}")
+        print(f"the trained model is in {files.final}")
 
 
-def load_tokenizer(config: Config) -> data.Tokenizer:
+def load_tokenizer(c: Config) -> data.Tokenizer:
     """The start's tokenizer, or the built-in one."""
-    if config.model is not None:
-        return data.load_tokenizer(config.model, config.chat_template)
+    if c.model is not None:
+        date = datetime.datetime.fromisoformat(c.date or "")
+        return data.load_tokenizer(c.model, c.chat_template, date)
     with tempfile.TemporaryDirectory() as folder:
         data.write_task_tokenizer(folder)
         return data.load_tokenizer(folder)
 
 
 def read_rows(
-    config: Config, tokenizer: data.Tokenizer, ranks: Ranks
-) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out rows as token ids; prints once what was dropped and cut.
+    c: Config, tokenizer: data.Tokenizer
+) -> tuple[list[Any], list[sgpo.Ask], list[Pair], list[str]]:
+    """What the source takes, SGPO's rows for phase 1, held-out rows, and lines that say what was
+    dropped and cut. Raises InputError for what could not be used later, when targets have been paid
+    for."""
+    told: list[str] = []
 
-    Only methods that learn from the data's own pairs need a rejected side; held-out rows keep
-    theirs where they have one.
-    """
-    paired = config.method in ("dpo", "orpo")
+    def read(
+        paths: list[str] | None, rejected: bool | None = False, prompts: bool = False, n: int = 128
+    ) -> tuple[list[data.Example], list[Pair]]:
+        """The files' rows, or so many of the built-in tasks."""
+        found = data.load_examples(paths, rejected, prompts) if paths else task_rows(c, n)
+        limits = (c.max_length, c.max_prompt_length or 0)
+        examples, rows, counts = data.encode_examples(found, tokenizer, *limits)
+        told.append(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
+        return examples, rows
 
-    def encode(examples: list[data.Example]) -> list[Pair]:
-        limits = (config.max_length, config.max_prompt_length or 0)
-        rows, counts = data.encode_examples(examples, tokenizer, *limits)
-        if ranks.first:
-            print(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
-        return rows
+    paired = SOURCES[c.method][0] is Source  # it takes the rows' own rejected sides
+    eval_rows = read(c.eval_data, paired or None)[1] if c.eval_data else []
+    if c.method != "sgpo":
+        return read(c.data, paired)[1], [], eval_rows, told
 
-    held_out: list[Pair] = []
-    if config.eval_data:
-        held_out = encode(data.load_examples(config.eval_data, paired or None))
-    if config.method == "sgpo" and config.data is not None:
-        return [], held_out  # `read_asks` reads them
-    if config.data is None:
-        return encode(task_rows(config, 128)), held_out
-    return encode(data.load_examples(config.data, paired)), held_out
-
-
-def read_asks(
-    config: Config, tokenizer: data.Tokenizer, ranks: Ranks
-) -> tuple[list[sgpo.Ask], list[sgpo.Ask]]:
-    """SGPO's prompts for phase 1 and for phase 2, with gold responses where there are any. Raises
-    InputError for what could not be used later, when targets have been paid for."""
-
-    def encode(examples: Sequence[data.Example]) -> list[sgpo.Ask]:
-        asks = []
-        for example in examples:
-            if example.messages[-1]["role"] != "user":
-                raise InputError(f"{example.where}: the turn before the response is not the user's")
-            prompt, gold, _ = data.encode_example(tokenizer, example)
-            if len(prompt) < (config.max_prompt_length or 0):
-                gold = gold[: config.max_length - len(prompt)] if example.response else []
-                asks.append(sgpo.Ask(example.messages, example.response, prompt, gold))
-        kept = sgpo.leave_room(asks, tokenizer, config) if asks else []
-        if not kept:
-            raise InputError(
-                f"none of the {len(examples)} prompts is left: they have "
-                f"{config.max_prompt_length} tokens or more; raise --max-prompt-length"
-            )
-        if ranks.first:
-            print(f"{len(kept)} prompts, {len(examples) - len(kept)} dropped for their length")
+    def read_asks(paths: list[str] | None, n: int) -> list[sgpo.Ask]:
+        """Prompts with or without a gold response."""
+        both = zip(*read(paths, prompts=True, n=n), strict=True)
+        asks = [(one, row if one.response else row._replace(chosen=[])) for one, row in both]
+        kept = sgpo.leave_room(asks, tokenizer, c)
+        told.append(f"{len(kept)} prompts, {len(asks) - len(kept)} too long to be improved on")
         return kept
 
-    asks = []
-    if config.improver is None:
-        clean = data.load_asks(config.data) if config.data else task_rows(config, 128)
-        asks = encode(clean)
-        if config.target_source == "gold" and not any(ask.gold for ask in asks):
-            raise InputError("--target-source gold, and no row of --data has a response")
-        if config.target_source not in ("gold", "tasks") and not is_url(config):
-            data.load_targets(config.target_source or "")
-    paths = config.preference_data or config.data
-    return asks, encode(data.load_asks(paths) if paths else task_rows(config, 1024))
+    asks = [] if c.improver else read_asks(c.data, 128)
+    if asks and c.target_source == "gold" and not any(row.chosen for _, row in asks):
+        raise InputError("--target-source gold, and no row of --data has a response")
+    if asks and has_file(c):
+        data.load_targets(c.target_source or "")
+    return read_asks(c.preference_data or c.data, 1024), asks, eval_rows, told
 
 
-def task_rows(config: Config, count: int) -> list[data.Example]:
+def task_rows(c: Config, n: int) -> list[data.Example]:
     """Built-in tasks with right answers; the first 128 are the clean set."""
-    return data.task_examples("clean", count, config.seed)
+    return data.task_examples("clean", n, c.seed)
 
 
-def target_server(config: Config) -> data.TargetServer:
-    """The server of --target-source. Raises InputError for a URL or a key that cannot be right."""
-    c, key = config, os.environ.get("OPENAI_API_KEY", "").strip() or None
-    settings = (c.target_workers, c.target_timeout, c.target_max_tokens)
-    return data.TargetServer(
-        (c.target_source or "").rstrip("/"), c.target_model or "", key, *settings
-    )
+def task_test(model: Transformer, tokenizer: data.Tokenizer, seed: int) -> dict[str, float]:
+    """Greedy accuracy on the built-in tasks' validation prompts."""
+    shares = sample.task_accuracy(model, tokenizer, seed, 0.0, "validation")
+    return {f"eval/accuracy/{kind}": share for kind, share in shares.items()}
 
 
-def is_url(config: Config) -> bool:
-    """Whether the targets are asked from a server."""
-    return (config.target_source or "").startswith(("http://", "https://"))
+def stopped_run(c: Config, out: Path, ranks: Ranks) -> dict[str, Any]:
+    """On resume, what is in OUT/args.json of the run that was stopped; else nothing. Raises
+    InputError where its flags were others."""
+    if not (c.resume and (out / "args.json").is_file()):
+        return {}
+    saved, now = lm.read_json(out / "args.json"), dataclasses.asdict(c)
+    now["date"] = now["date"] or saved.get("date")
+    differing = [k for k in now if k not in MAY_CHANGE and now[k] != saved.get(k)]
+    if differing:
+        told = ", ".join(f"--{k.replace('_', '-')} was {saved.get(k)}" for k in differing)
+        raise InputError(f"--resume with other flags than {out} was started with: {told}")
+    for name in ("steps", "epochs"):
+        if saved.get(name) != now[name]:
+            ranks.warn(f"--{name} was {saved.get(name)} and is {now[name]}: the schedule bends")
+    return saved
 
 
-def claim(out: Path, config: Config, ranks: Ranks) -> None:
-    """Takes --out for this run, or on resume checks that the run in it was started alike."""
-    args, made = out / "args.json", "start control metrics.jsonl final checkpoints improver"
-    made += " improver_targets.jsonl pairs.jsonl"
+def inputs(
+    c: Config,
+    tokenizer: data.Tokenizer,
+    rows: Sequence[Any],
+    asks: Sequence[sgpo.Ask],
+    eval_rows: Sequence[Pair],
+) -> dict[str, str]:
+    """Digests of what a run reads, by its name: a resumed one must read the same."""
+
+    def of(pairs: Iterable[Pair]) -> str:
+        seen = hashlib.blake2b(digest_size=16)
+        for pair in pairs:
+            for side in pair[:3]:
+                seen.update(array("q", [len(side), *side]))
+        return seen.hexdigest()
+
+    found = {"tokenizer or chat template": tokenizer.digest(), "--eval-data": of(eval_rows)}
+    if c.method == "sgpo":
+        found |= {"--data": of(row for _, row in asks), "prompts": of(row for _, row in rows)}
+    else:
+        found["--data"] = of(rows)
+    if c.model:
+        seen = hashlib.blake2b((Path(c.model) / "config.json").read_bytes(), digest_size=16)
+        for file in sorted(Path(c.model).glob("*.safetensors")):
+            with file.open("rb") as opened:  # headers: every tensor's name, type, shape and place
+                size = int.from_bytes(opened.read(8), "little")
+                seen.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(size))
+        found["weights in --model"] = seen.hexdigest()
+    if has_file(c):
+        text = Path(c.target_source or "").read_bytes()
+        found["--target-source"] = hashlib.blake2b(text, digest_size=16).hexdigest()
+    return found
+
+
+def claim(
+    c: Config, out: Path, ranks: Ranks, saved: Mapping[str, Any], found: Mapping[str, str]
+) -> None:
+    """Takes --out for this run, or on resume checks that the run in it read the same."""
+    made = "start control metrics.jsonl final checkpoints improver improver_targets.jsonl"
     for path in out.iterdir() if out.is_dir() else ():
         if path.is_symlink():
             raise InputError(f"--out {out} holds a symbolic link, {path.name}: take another folder")
-    taken = [name for name in made.split() if (out / name).exists()]
-    if taken and not config.resume:
+    taken = [name for name in [*made.split(), "pairs.jsonl"] if (out / name).exists()]
+    if taken and not c.resume:
         raise InputError(f"--out {out} holds {taken[0]} of another run: --resume or another folder")
-    if taken and not args.is_file():
+    if taken and not saved:
         raise InputError(f"--resume: {out} has no args.json to tell which run it is; take another")
-    if config.resume and args.is_file():
-        saved, now = lm.read_json(args), dataclasses.asdict(config)
-        differing = [k for k in now if k not in MAY_CHANGE and now[k] != saved.get(k)]
-        if differing:
-            told = ", ".join(f"--{k.replace('_', '-')} was {saved.get(k)}" for k in differing)
-            raise InputError(f"--resume with other flags than {out} was started with: {told}")
-        for name in ("steps", "epochs"):
-            if ranks.first and saved.get(name) != now[name]:
-                told = f"--{name} was {saved.get(name)} and is {now[name]}"
-                print(f"warning: {told}: the schedule bends", file=sys.stderr)
-    problem = ""
-    if ranks.first:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(args, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        except OSError as error:
-            problem = error.strerror or "not writable"
-    if ranks.sum(torch.tensor(float(bool(problem)), device=ranks.device)):
-        raise InputError(f"--out {out} cannot be written: {problem}")
+    before = saved.get("inputs", found)
+    for name in found:
+        if before.get(name) != found[name]:
+            raise InputError(f"--resume with another {name} than {out} was started with")
+
+    def write() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(c) | {"inputs": found}, indent=2)
+        write_text(out / "args.json", text + "\n")
+
+    try:
+        ranks.only_first(write)
+    except OSError as error:
+        problem = error.strerror or "not writable"
+        raise InputError(f"--out {out} cannot be written: {problem}") from None
 
 
-def pretrain(config: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:
+# ------------------------------------------------------------------- runs beside the method's own
+
+START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
+    "steps": 1800, "batch_size": 32, "micro_batch_size": 32,
+    "lr": [4e-3], "optimizer": "adamw", "adam_beta2": 0.98, "warmup": 80.0, "schedule": "linear",
+    "weight_decay": 0.0, "max_grad_norm": 1.0, "log_every": 50,
+    "save_every": 0, "eval_every": 0, "show_every": 0, "save_dtype": "fp32", "max_length": 128,
+    "max_prompt_length": None, "precision": "fp32",
+}  # fmt: skip
+REWRITE_SHARE = 0.2  # of the start's rows: a draft to be answered with another draft
+START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in place of 65%
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
+    "intermediate_size": 168, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
+    "tie_word_embeddings": True, "max_position_embeddings": 2048, "hidden_act": "silu",
+}  # fmt: skip
+
+
+def sft_config(c: Config, **changes: Any) -> Config:
+    """The settings of an SFT run beside this one."""
+    alone = {"method": "sft", "loss": None, "nll_weight": 0.0, "label_smoothing": 0.0}
+    return dataclasses.replace(c, **alone | {"length_normalize": False} | changes)
+
+
+def sft(learner: Learner, rows: Sequence[Pair], files: Files) -> None:
+    """Fine-tunes on rows: so the start, the control and the improver are made."""
+    fit(learner.config, learner, sapo.SFT(rows, learner), files)
+
+
+def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:
     """Makes the built-in start: random weights, then SFT on answers of mixed quality.
 
     REWRITE_SHARE of the rows ask for a draft to be rewritten, which SGPO's improver builds on.
     """
-    settings = dataclasses.replace(config, **START)
-    blank = start.with_name(".blank")
+    alone = sft_config(c, resume=False, **START)
+    blank, metrics = start.with_name(".blank"), start.with_suffix(".jsonl")
     if ranks.first:
         print("pre-training the built-in start", flush=True)
         shutil.rmtree(blank, ignore_errors=True)
-        raw = START_MODEL | {
-            "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_ids[0],
-        }  # fmt: skip
-        fresh = Transformer(lm.Config.from_dict(raw))
-        fresh.init_weights(config.seed)
+        sizes = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_ids[0]}
+        fresh = Transformer(lm.Config.from_dict(START_MODEL | sizes))
+        fresh.init_weights(c.seed)
         fresh.save_pretrained(blank)
         tokenizer.save(blank)
-        start.with_suffix(".jsonl").unlink(missing_ok=True)
+        metrics.unlink(missing_ok=True)
     ranks.barrier()
-    count = (settings.steps or 0) * settings.batch_size
-    examples = data.task_examples("pretrain", count, config.seed, REWRITE_SHARE)
-    rows, _ = data.encode_examples(examples, tokenizer, settings.max_length, settings.max_length)
-    job = Job(blank, rows, [], tokenizer, start.with_suffix(".jsonl"), start)
-    Trainer(dataclasses.replace(settings, resume=False), job, ranks).train()
+    count = START["steps"] * START["batch_size"]
+    examples = data.task_examples("pretrain", count, c.seed, REWRITE_SHARE)
+    _, rows, _ = data.encode_examples(examples, tokenizer, alone.max_length, alone.max_length)
+    files = Files(ranks, tokenizer, metrics, start, phase="sft")
+    sft(Learner(alone, blank, tokenizer, ranks), rows, files)
     if ranks.first:
         shutil.rmtree(blank)
+
+
+def control(c: Config, start: Path, files: Files, steps: int) -> None:
+    """OUT/control: SFT on the clean set, for as many steps as the method takes in all phases."""
+    rate = [c.improver_lr] if c.method == "sgpo" else c.lr
+    alone = sft_config(c, resume=False, save_every=0, steps=steps, lr=rate)
+    metrics, final = files.metrics.with_name("control.jsonl"), files.final.with_name("control")
+    beside = Files(files.ranks, files.tokenizer, metrics, final, phase="sft", test=files.test)
+    beside.eval_rows = files.eval_rows
+    if files.ranks.first:
+        metrics.unlink(missing_ok=True)
+    limits = (c.max_length, c.max_prompt_length or 0)
+    _, rows, _ = data.encode_examples(task_rows(c, 128), files.tokenizer, *limits)
+    sft(Learner(alone, start, files.tokenizer, files.ranks), rows, beside)
+
+
+def train_improver(
+    c: Config, start: Path, asks: list[sgpo.Ask], files: Files, journal: Journal
+) -> int:
+    """SGPO's first phase, OUT/improver: the start, fine-tuned to improve its own answers. Returns
+    the steps it took."""
+    folder, note = files.final.with_name("improver"), files.final.with_name("improver_filter.json")
+    if folder.exists():
+        return int(lm.read_json(note)["steps"])
+    alone = sft_config(c, lr=[c.improver_lr], epochs=c.improver_epochs, steps=None)
+    learner = Learner(alone, start, files.tokenizer, files.ranks, journal=journal)
+    targets = obtain_targets(c, asks, learner, files.final.with_name("improver_targets.jsonl"))
+    rows, report = sgpo.improver_rows(targets, asks, learner)
+    steps = sapo.steps_for(len(rows), alone)
+    if files.ranks.first:
+        told = f"{report['targets']} targets, and {report['too_long']} too long; "
+        print(f"{told}{report['dropped']} beyond the fence, {report['fence']}", flush=True)
+        write_text(note, json.dumps({"steps": steps} | report, indent=1) + "\n")
+    phase = dataclasses.replace(files, final=folder, phase="improver", test=None, eval_rows=[])
+    sft(learner, rows, phase)
+    return steps
+
+
+def has_file(c: Config) -> bool:
+    """Whether SGPO's targets are a file of the user's."""
+    return c.method == "sgpo" and c.target_source not in ("gold", "tasks") and not is_url(c)
+
+
+def obtain_targets(
+    c: Config, asks: Sequence[sgpo.Ask], learner: Learner, path: Path
+) -> list[data.Target]:
+    """What phase 1 learns from. OUT/improver_targets.jsonl has a row for each draft, written as
+    soon as it is known, and what is in the file is not asked for again."""
+    if has_file(c):
+        return data.load_targets(c.target_source or "")
+    drafts = [ask for ask in asks for _ in range(c.responses_per_prompt)]
+    known: dict[int, dict[str, Any]] = {}
+    for number, (_, row) in enumerate(json_lines(path), 1):
+        i, texts = row.get("index"), (row.get("response"), row.get("improved", ""))
+        if (
+            type(i) is not int
+            or not isinstance(texts[0], str)
+            or not isinstance(texts[1] or "", str)
+        ):
+            raise InputError(f"{path}: row {number} is no target of a run; remove it")
+        if 0 <= i < len(drafts) and row.get("prompt") == sgpo.as_prompt(drafts[i][0].messages):
+            known[i] = row
+    missing = [i for i in range(len(drafts)) if i not in known]
+    prompts = [drafts[i][1].prompt for i in missing]
+    seeds = [hash_seed(c.seed, "draft", i) for i in missing]
+    most = sapo.budgets(prompts, c)
+    new, _ = learner.generate(learner.policy, prompts, most, seeds, keep=True)
+    answers = dict(zip(missing, map(learner.tokenizer.response_text, new), strict=True))
+
+    def write() -> None:
+        rows = (json.dumps(row, ensure_ascii=False) for _, row in sorted(known.items()))
+        write_text(path, "".join(row + "\n" for row in rows))
+
+    def gather() -> None:
+        write()
+        began = told = time.perf_counter()
+        server = target_server(c) if is_url(c) else None
+        for done, (i, improved, why) in enumerate(sgpo.improvements(c, drafts, answers, server), 1):
+            known[i] = {
+                "index": i, "prompt": sgpo.as_prompt(drafts[i][0].messages),
+                "response": answers[i], "improved": improved,
+            } | ({"dropped": why} if why else {})  # fmt: skip
+            append(path, [known[i]])
+            if learner.ranks.asked_to_stop:
+                raise Stopped("stopped while targets were asked for; --resume goes on")
+            if server is not None and time.perf_counter() - told > 10:
+                told = time.perf_counter()
+                print(f"targets {done}/{len(answers)} {done / (told - began):.2f}/s", flush=True)
+        write()
+        dropped = collections.Counter(row.get("dropped") for row in known.values())
+        print(", ".join(f"{n} {why or 'targets'}" for why, n in dropped.items()), flush=True)
+
+    learner.ranks.only_first(gather)
+    return data.load_targets(path)
 
 
 if __name__ == "__main__":

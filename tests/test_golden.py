@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import train
 from data import Pair
-from sapo import spin_starts
+
 
 MAKE = runpy.run_path(str(GOLDEN / "make.py"))
 NAMES = list(MAKE["RUNS"])
@@ -67,7 +67,7 @@ def test_a_transformers_loop_fed_with_the_pairs_gets_the_same_numbers(name: str)
     decay = {"weight_decay": args["weight_decay"]}
     optimizer = kinds[args["optimizer"]](policy.parameters(), **decay)
     pairs, count = unpack(values), len(values["step/step"])
-    starts = spin_starts(6, args["iterations"]) if args["method"] == "spin" else []
+    starts = spin_starts(6, args["rounds"]) if args["method"] == "spin" else []
     alone = [  # SGPO's first phase: no pairs yet
         not any(
             pair.rejected for pair, at in zip(pairs, values["pair/step"], strict=True) if at == step

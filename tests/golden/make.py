@@ -25,7 +25,7 @@ SAPO += "--temperature 1.5 --top-k 0 --top-p 1"
 RUNS = {
     "sapo-dpo": f"{SAPO} --loss dpo --beta 0.1",
     "sapo-orpo": f"{SAPO} --loss orpo --orpo-lambda 0.05 --optimizer adamw",
-    "spin": "--method spin --loss dpo --beta 0.1 --iterations 2 --max-new-tokens 24",
+    "spin": "--method spin --loss dpo --beta 0.1 --rounds 2 --max-new-tokens 24",
     "sgpo": "--method sgpo --loss dpo --beta 0.1 --target-source gold --improver-epochs 0.5 "
     "--improver-lr 1e-4 --steps 2 --rounds 2 --trace-steps 99 --temperature 1 --top-k 0 --top-p 1 "
     "--max-new-tokens 24 --fence-k 1.5 --improver-instruction {prompt}_|_{answer}",
