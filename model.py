@@ -240,17 +240,12 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype), bias)
 
 
-class RMSNorm(nn.Module):
-    """Root mean square normalisation (arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """Root mean square normalisation (arXiv 1910.07467), in the type of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -339,7 +334,7 @@ class Packed:
         grouped, counts = q.shape[1] != k.shape[1], self.seen_sizes
         q_1HTE, k_1KSE, v_1KSE = (x.transpose(0, 1)[None] for x in (q, k, v))
         parts = (q_1HTE.split(self.sizes, 2), k_1KSE.split(counts, 2), v_1KSE.split(counts, 2))
-        attend = partial(F.scaled_dot_product_attention, enable_gqa=grouped)
+        attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=grouped)
         both = zip(*parts, self.biases[window], strict=True)
         found = [attend(*qkv, attn_mask=bias, is_causal=bias is None) for *qkv, bias in both]
         return torch.cat(found, 2).squeeze(0).transpose(0, 1)
@@ -359,12 +354,17 @@ def causal_bias(
     queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
     """(queries, keys) for queries that are the last of the keys' tokens: 0 where one is seen, -inf
-    elsewhere (SDPA would make this of a bool mask in every layer). None: SDPA's own causal mask."""
+    elsewhere. None where SDPA's own causal mask says the same."""
     if queries == keys and (window is None or keys <= window):
         return None
     at = torch.arange(keys, device=device)
     behind = at[keys - queries :, None] - at
     hidden = (behind < 0) | (behind >= (window or keys))
+    return additive(hidden, dtype)
+
+
+def additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf where hidden, 0 elsewhere: SDPA would make this of a bool mask in every layer."""
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -math.inf)
 
 
@@ -417,16 +417,20 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 class Cache(Packed):
-    """A static key-value cache of B rows. `fill` takes the prompts in, packed; then each `step`
-    makes room for one token more in each row, so that T = B.
+    """A static key-value cache of B rows: made of prompts, which it takes in at once, packed; each
+    `step` then adds a token to each row (T = B). `logits_BV` are those after the last ones.
 
-    `lengths` are the tokens that its rows have, `size` the most that one will have. A step reads
-    `width` of them, a multiple of `grain`, so that its shapes change rarely.
+    `size` is the most tokens that a row will have. A step reads `width` of them. Where steps are
+    recorded (`record`), to be replayed with new numbers, that is a multiple of 128: `record(step)`
+    gives a function that does what step() does, and the tensor it fills.
     """
 
-    def __init__(self, model: Transformer, prompts: list[list[int]], size: int, grain: int) -> None:
-        self.lengths, self.size, self.grain, self.width = [*map(len, prompts)], size, grain, 0
+    def __init__(
+        self, model: Transformer, prompts: list[list[int]], size: int, record: Recorder | None
+    ) -> None:
+        self.lengths, self.size, self.width = [*map(len, prompts)], size, 0
         super().__init__(self.lengths, [0] * len(prompts), model.device)
+        self.model, self.record, self.shape = model, record, (0, 0)
         c, dtype = model.config, model.compute_dtype or model.dtype
         shape = (c.num_hidden_layers, len(prompts), c.num_key_value_heads, size, c.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=model.device)
@@ -434,22 +438,26 @@ class Cache(Packed):
         rows = [row for row, length in enumerate(self.lengths) for _ in range(length)]
         self.rows = torch.tensor(rows, device=model.device)  # (T,): whose each token is
         self.last = self.ends[0, 1:] - 1  # (B,)
-
-    def fill(self, model: Transformer, prompts: list[list[int]]) -> Tensor:
-        """Stores the prompts; the logits after each of them, (B, V)."""
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
-        logits_BV = model(tokens.to(model.device), self)
-        # From now on a token a row. A recorded step reads both where they lie: they stay there.
+        self.logits_BV = model(tokens.to(model.device), self)
+        # From here on a token a row. Recorded steps read both where they lie now: they stay there.
         self.rows, self.positions = self.rows[self.last], self.positions[self.last]
-        return logits_BV
 
-    def step(self) -> Cache:
-        """Makes ready for one more token in each row, (B,)."""
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """The logits after one token more in each row, (B, V)."""
         # A row that has stopped, but was kept, may go on past the end: it stays on the last place.
         self.positions.add_(1).clamp_max_(self.size - 1)
         self.lengths = [length + 1 for length in self.lengths]
-        self.width = min(self.size, -(-max(self.lengths) // self.grain) * self.grain)
-        return self
+        grain = 128 if self.record else 1
+        self.width = min(self.size, -(-max(self.lengths) // grain) * grain)
+        if not self.record:
+            return self.model(tokens_B, self)
+        if self.shape != (len(tokens_B), self.width):
+            self.shape, self.tokens = (len(tokens_B), self.width), tokens_B.clone()
+            self.replay, self.logits_BV = self.record(lambda: self.model(self.tokens, self))
+        self.tokens.copy_(tokens_B)
+        self.replay()
+        return self.logits_BV
 
     def keep(self, rows: list[int]) -> None:
         """Drops all rows but these. A row whose place stays the same is not copied."""
@@ -468,9 +476,7 @@ class Cache(Packed):
         for window in set(config.windows):
             far = False if window is None else places <= last_B1 - window
             hidden = ((places > last_B1) | far)[:, None, None]
-            self.biases[window] = torch.zeros_like(hidden, dtype=dtype).masked_fill_(
-                hidden, -math.inf
-            )
+            self.biases[window] = additive(hidden, dtype)
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
         """As Packed's; stores k and v, and in a step attends to all that is stored."""
@@ -585,6 +591,10 @@ def exponentials(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> tuple[Tens
 # ------------------------------------------------------------------------------------- generation
 
 
+Ask = tuple[list[int], int, int]  # prompt, budget, seed
+Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], Any], Tensor]]
+
+
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -626,7 +636,7 @@ def generate(
     on_cpu, single = model.device.type == "cpu", model.compute_dtype in (None, torch.float32)
     if on_cpu and single and model.dtype == torch.float32 and len(order) > 1 and max(budgets) >= 32:
         model = by_columns(model)  # costs what some ten steps gain
-    options: Any = (pick, frozenset(eos_ids), return_logprobs, None if on_cpu else record_graph)
+    options = (pick, {*eos_ids}, return_logprobs, None if on_cpu else record_graph)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         asked = [(prompts[i], budgets[i], seeds[i]) for i in rows]
@@ -637,18 +647,13 @@ def generate(
 
 @torch.no_grad()
 def _decode(
-    model: Transformer,
-    asked: list[tuple[list[int], int, int]],
-    pick: Callable[..., Tensor],
-    eos_ids: frozenset[int],
-    scored: bool,
-    record: Callable[..., Any] | None = None,
+    model: Transformer, asked: list[Ask], pick: Any, eos_ids: set[int], scored: bool, record: Any
 ) -> list[tuple[list[int], list[float]]]:
-    """One batch of `generate`, rows of (prompt, budget, seed): all prompts in one pass, then a
-    token a row and step. Gives each row's tokens and their log-probs.
+    """One batch of `generate`: all prompts in one pass, then a token a row and step. Gives each
+    row's tokens and their log-probs.
 
-    A row that has stopped leaves the batch. Where steps are recorded (`record`, see `Replays`), and
-    a change of shape is dear, it waits until half of the rows have.
+    A row that has stopped leaves the batch. Where steps are recorded, and a change of shape is
+    dear, it waits until half of the rows have.
     """
     prompts, budgets = [row[0] for row in asked], [row[1] for row in asked]
     uniforms_BS = torch.zeros(len(asked), max(budgets), dtype=torch.float64)
@@ -658,9 +663,8 @@ def _decode(
     tokens: list[list[int]] = [[] for _ in asked]
     scores: list[list[float]] = [[] for _ in asked]
     size = max(len(prompt) + budget for prompt, budget, _ in asked)
-    cache = Cache(model, prompts, size, grain=128 if record else 1)
-    decode = Replays(model, record) if record else model
-    logits_BV = cache.fill(model, prompts)
+    cache = Cache(model, prompts, size, record)
+    logits_BV = cache.logits_BV
     rows = list(range(len(asked)))  # the prompt that each place of the batch belongs to
     going = [True] * len(rows)
     for step in range(max(budgets)):
@@ -681,7 +685,7 @@ def _decode(
             rows, going = [rows[place] for place in kept], [True] * len(kept)
             picked_B, uniforms_BS = picked_B[kept], uniforms_BS[kept]
             cache.keep(kept)
-        logits_BV = decode(picked_B, cache.step())
+        logits_BV = cache.step(picked_B)
     return list(zip(tokens, scores, strict=True))
 
 
@@ -692,27 +696,7 @@ def close_ranks(going: list[bool]) -> list[int]:
     return [place if going[place] else movers.pop() for place in range(count)]
 
 
-class Replays:
-    """Decoding steps, recorded when their shape changes (rows, stored tokens read) and replayed
-    with new numbers in the recorded tensors: on a GPU one launch in place of hundreds.
-
-    `record(step)` gives a function that does what step() does, and the tensor it fills.
-    """
-
-    def __init__(self, model: Transformer, record: Callable[..., Any]) -> None:
-        self.model, self.record, self.shape = model, record, (0, 0)
-
-    def __call__(self, tokens_B: Tensor, cache: Cache) -> Tensor:
-        """What the model gives for one more token in each row, (B, V)."""
-        if self.shape != (len(tokens_B), cache.width):
-            self.shape, self.tokens = (len(tokens_B), cache.width), tokens_B.clone()
-            self.replay, self.logits_BV = self.record(lambda: self.model(self.tokens, cache))
-        self.tokens.copy_(tokens_B)
-        self.replay()
-        return self.logits_BV
-
-
-def record_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def record_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
     """Records a step as a CUDA graph, once it has run and the libraries have set themselves up."""
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
@@ -938,9 +922,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_weights(
-    parameters: Mapping[str, Tensor],
-    path: str | Path,
-    place: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
+    parameters: Mapping[str, Tensor], path: str | Path, place: Callable[..., Any] = Tensor.copy_
 ) -> None:
     """Fills parameters by name from a folder's safetensors, through `place(parameter, value)`.
 
@@ -999,15 +981,16 @@ class Tensors(Mapping[str, Tensor]):
         self.files: dict[str, Path] = {}
         self.headers: dict[str, tuple[str, list[int]]] = {}
         for shard in sorted(shards):
-            with open_safetensors(Path(folder) / shard) as file:
+            path = Path(folder) / shard
+            with reading(path), safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     if name in self.files:
                         raise InputError(f"{folder}: {name} is in {shard} and in another file")
-                    part, self.files[name] = file.get_slice(name), Path(folder) / shard
+                    part, self.files[name] = file.get_slice(name), path
                     self.headers[name] = part.get_dtype(), part.get_shape()
 
     def __getitem__(self, name: str) -> Tensor:
-        with open_safetensors(self.files[name]) as file:
+        with reading(self.files[name]), safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -1015,12 +998,6 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.files)
-
-
-def open_safetensors(path: Path) -> Any:
-    """A reader of one file's tensors. Raises InputError where it is missing or garbled."""
-    with reading(path):
-        return safe_open(path, framework="pt")
 
 
 def write_config(path: str | Path, config: Config, dtype: torch.dtype) -> None:
