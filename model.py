@@ -5,17 +5,15 @@
     answers = generate(model, [[1, 2, 3]], max_new_tokens=16)     # new tokens only
     chosen, rejected, n_chosen, n_rejected = pair_logprobs(model, pairs)
 
-The parameters carry Hugging Face's names, so weights load and save without renaming.
-
-One stack of blocks serves three uses, always on one row of T tokens without padding. What differs
-is the layout: which position a token has, which tokens it sees, and where the head is needed.
+The parameters carry Hugging Face's names. This file knows nothing of training, and nothing of
+`torch.distributed`. One stack of blocks serves three uses, always on one row of T tokens without
+padding; they differ in the layout: which position a token has, what it sees, what is read out.
 
     Packed     sequences of any lengths, one behind the other; logits everywhere
     Branches   training: of each pair the common prefix once, and two tails that branch from it
     Cache      generation: first the prompts, packed, then one token more in each row
 
-This file knows nothing of training, and nothing of `torch.distributed`. What it is ends with
-`generate`; how config.json and weights are read and written stands behind.
+Whoever has read through `generate` knows the model; behind it config.json and weights are read.
 
 Shapes: B rows, T tokens, S stored or seen keys, V vocabulary, D hidden size, H query heads, K
 key-value heads, G = H / K, E head size, N pairs, M scored tokens. A suffix spells a shape: q_THE.
@@ -37,7 +35,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -45,12 +43,14 @@ from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------- what all files share
 
-# Numbers that a flag takes: what type, from where to where.
+# Values of flags, and of a config.json: what type, from where to where.
 Count = Annotated[int, 1, 10**9]
 Whole = Annotated[int, 0, 10**9]
 Positive = Annotated[float, 1e-30, 1e6]
 Weight = Annotated[float, 0.0, 1e6]
 Share = Annotated[float, 0.0, 1.0]
+Size = Annotated[int, 1, 2**22]  # no product of two of them overflows
+Flag = Annotated[bool, False, True]
 
 
 class InputError(ValueError):
@@ -69,15 +69,14 @@ def hash_seed(*parts: Any) -> int:
 @contextmanager
 def reading(what: object) -> Iterator[None]:
     """Whatever a malformed foreign file raises becomes one InputError. Put it around parsing alone:
-    a bug's TypeError would be the file's fault."""
-    faults = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError)
+    what a bug raises would be the file's fault."""
     try:
         yield
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{what} is missing") from None
-    except (*faults, SafetensorError) as error:
+    except Exception as error:
         raise InputError(f"{what} is malformed ({type(error).__name__}: {error})") from None
 
 
@@ -111,9 +110,7 @@ class Transformer(nn.Module):
         blocks = (Block(config, i) for i in range(config.num_hidden_layers))
         self.model["layers"] = nn.ModuleList(blocks)
         self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if (
-            not config.tie_word_embeddings
-        ):  # a tied head has no parameter of its own, as in the saved files
+        if not config.tie_word_embeddings:  # a tied head is no parameter, and in no saved file
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @classmethod
@@ -140,15 +137,13 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(hash_seed(seed, "init"))
         depth = (2 * self.config.num_hidden_layers) ** -0.5
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
-                std *= depth if "o_proj" in name or "down_proj" in name else 1
-                values = torch.empty(parameter.shape).normal_(0, std, generator=generator)
-                parameter.data.copy_(values)
+            if parameter.dim() == 1:  # scales of a norm, or biases
+                parameter.data.fill_(float("norm" in name))
+                continue
+            std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
+            std *= depth if "o_proj" in name or "down_proj" in name else 1
+            values = torch.empty(parameter.shape).normal_(0, std, generator=generator)
+            parameter.data.copy_(values)
 
     @property
     def device(self) -> torch.device:
@@ -251,24 +246,23 @@ class RMSNorm(nn.RMSNorm):
 def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines for positions (T,): two (T, 1, E), computed in float32. The sines
     of the first half of the channels are negative, as `rotate` wants them."""
-    freqs = frequencies(config.rope, config.head_dim, positions.device)
-    angles = positions[:, None, None].float() * freqs
+    angles = positions[:, None, None].float() * frequencies(config, positions.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 @lru_cache(maxsize=32)
-def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
+def frequencies(config: Config, device: torch.device) -> Tensor:
     """(E/2,) float32: the angle that each pair of channels turns by at one position."""
-    exponent = torch.arange(0, head_dim, 2).float() / head_dim
-    freqs = 1.0 / (rope.rope_theta**exponent)
-    if rope.kind == "linear":
-        freqs = freqs / rope.factor
-    if rope.kind == "llama3":  # long waves are slowed, short ones kept, those between blended
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        turns = rope.original_max_position_embeddings * freqs / (2 * math.pi)
+    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    freqs = 1.0 / (config.rope_theta**exponent)
+    if config.rope_type == "linear":
+        freqs = freqs / config.factor
+    if config.rope_type == "llama3":  # long waves are slowed, short ones kept, others blended
+        low, high = config.low_freq_factor, config.high_freq_factor
+        turns = config.original_max_position_embeddings * freqs / (2 * math.pi)
         blend = ((turns - low) / (high - low)).clamp(0, 1)
-        freqs = (1 - blend) * freqs / rope.factor + blend * freqs
+        freqs = (1 - blend) * freqs / config.factor + blend * freqs
     return freqs.to(device)
 
 
@@ -304,7 +298,7 @@ class Packed:
         self.seen = torch.tensor(seen, device=device)  # (S,)
         self.most = max(sizes), max(self.seen_sizes)
         ends = [[0, *accumulate(counts)] for counts in (sizes, self.seen_sizes)]
-        self.ends = torch.tensor(ends, dtype=torch.int32, device=device)  # of queries, of keys
+        self.ends = torch.tensor(ends, dtype=torch.int32, device=device).unbind()
 
     def prepare(self, config: Config, dtype: torch.dtype) -> None:
         """Builds what is added to the attention scores, once per forward pass: not per layer, and
@@ -360,20 +354,15 @@ def causal_bias(
     at = torch.arange(keys, device=device)
     behind = at[keys - queries :, None] - at
     hidden = (behind < 0) | (behind >= (window or keys))
-    return additive(hidden, dtype)
-
-
-def additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """-inf where hidden, 0 elsewhere: SDPA would make this of a bool mask in every layer."""
-    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -math.inf)
+    return torch.where(hidden, -math.inf, 0.0).to(dtype)  # SDPA would add a bool mask in each layer
 
 
 class Branches(Packed):
     """Trees: of each pair its common prefix once, then both tails, which see the prefix and
     themselves. Its first sequence is prefix and chosen tail, its second the rejected tail.
 
-    What is read out are the M log-probs of response tokens, in the order of `lengths`: for each
-    pair those shared, those of the chosen tail, those of the rejected tail.
+    What is read are the log-probs of M response tokens, in the order of `lengths`: for each pair
+    those shared, those of the chosen tail, those of the rejected tail.
     """
 
     def __init__(self, pairs: Sequence[Any], device: torch.device) -> None:
@@ -420,26 +409,24 @@ class Cache(Packed):
     """A static key-value cache of B rows: made of prompts, which it takes in at once, packed; each
     `step` then adds a token to each row (T = B). `logits_BV` are those after the last ones.
 
-    `size` is the most tokens that a row will have. A step reads `width` of them. Where steps are
-    recorded (`record`), to be replayed with new numbers, that is a multiple of 128: `record(step)`
-    gives a function that does what step() does, and the tensor it fills.
+    `size` is the most tokens that a row will have; a step reads `width` of them, with `record` a
+    multiple of 128: such steps are recorded, and replayed with new numbers until a shape changes.
+    `record(step)` gives a function that does what step() does, and the tensor that it fills.
     """
 
-    def __init__(
-        self, model: Transformer, prompts: list[list[int]], size: int, record: Recorder | None
-    ) -> None:
+    def __init__(self, model: Transformer, prompts: Sequence[Any], size: int, record: Any) -> None:
         self.lengths, self.size, self.width = [*map(len, prompts)], size, 0
         super().__init__(self.lengths, [0] * len(prompts), model.device)
         self.model, self.record, self.shape = model, record, (0, 0)
-        c, dtype = model.config, model.compute_dtype or model.dtype
+        c = model.config
+        made: Any = {"device": model.device, "dtype": model.compute_dtype or model.dtype}
         shape = (c.num_hidden_layers, len(prompts), c.num_key_value_heads, size, c.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=model.device)
-        self.values = torch.zeros(shape, dtype=dtype, device=model.device)
-        rows = [row for row, length in enumerate(self.lengths) for _ in range(length)]
+        self.keys, self.values = torch.zeros(shape, **made), torch.zeros(shape, **made)
+        rows = [row for row, prompt in enumerate(prompts) for _ in prompt]
         self.rows = torch.tensor(rows, device=model.device)  # (T,): whose each token is
-        self.last = self.ends[0, 1:] - 1  # (B,)
-        tokens = torch.tensor([token for prompt in prompts for token in prompt])
-        self.logits_BV = model(tokens.to(model.device), self)
+        self.last = self.ends[0][1:] - 1  # (B,)
+        tokens = [token for prompt in prompts for token in prompt]
+        self.logits_BV = model(torch.tensor(tokens, device=model.device), self)
         # From here on a token a row. Recorded steps read both where they lie now: they stay there.
         self.rows, self.positions = self.rows[self.last], self.positions[self.last]
 
@@ -459,14 +446,22 @@ class Cache(Packed):
         self.replay()
         return self.logits_BV
 
-    def keep(self, rows: list[int]) -> None:
-        """Drops all rows but these. A row whose place stays the same is not copied."""
+    def keep(self, going: list[bool]) -> list[int]:
+        """Drops the rows that stop. The last of the others fill the gaps, so that few are copied:
+        gives the row that is now in each place."""
+        count = sum(going)
+        movers = [row for row in range(count, len(going)) if going[row]]
+        rows = [row if going[row] else movers.pop() for row in range(count)]
         for new, old in enumerate(rows):
             if new != old:
                 self.keys[:, new], self.values[:, new] = self.keys[:, old], self.values[:, old]
-        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+        self.keys, self.values, self.rows = (
+            self.keys[:, :count],
+            self.values[:, :count],
+            self.rows[:count],
+        )
         self.lengths, self.positions = [self.lengths[row] for row in rows], self.positions[rows]
-        self.rows = self.rows[: len(rows)]
+        return rows
 
     def prepare(self, config: Config, dtype: torch.dtype) -> None:
         """As Packed's; in a step (B, 1, 1, S), for the one query of each row."""
@@ -476,7 +471,7 @@ class Cache(Packed):
         for window in set(config.windows):
             far = False if window is None else places <= last_B1 - window
             hidden = ((places > last_B1) | far)[:, None, None]
-            self.biases[window] = additive(hidden, dtype)
+            self.biases[window] = torch.where(hidden, -math.inf, 0.0).to(dtype)
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
         """As Packed's; stores k and v, and in a step attends to all that is stored."""
@@ -537,10 +532,9 @@ def pair_token_logprobs(model: Transformer, pairs: Sequence[Any]) -> list[Tensor
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(x @ head^T)[target] in chunks of rows, of which each has `LOGITS` logits.
 
-    For the backward pass the first `keep` exponentials stay; chunks beyond are computed again. The
-    gradient g of a log-prob is g (onehot(target) - softmax) for its logits, and takes the place of
-    the exponentials: autograd would fill some five arrays of tokens x vocabulary on the way, and
-    one of (V, D) for each chunk.
+    The first `keep` exponentials stay for the backward pass, chunks beyond are computed again. The
+    gradient g of a log-prob is g (onehot(target) - softmax) for its logits, written over them:
+    autograd would fill five arrays of tokens x vocabulary, and one of (V, D) for each chunk.
     """
 
     @staticmethod
@@ -591,10 +585,6 @@ def exponentials(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> tuple[Tens
 # ------------------------------------------------------------------------------------- generation
 
 
-Ask = tuple[list[int], int, int]  # prompt, budget, seed
-Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], Any], Tensor]]
-
-
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -625,10 +615,8 @@ def generate(
     seeds = [hash_seed(seed, i) for i in range(count)] if isinstance(seed, int) else [*seed]
     fits = len(budgets) == len(seeds) == count and min(budgets, default=0) >= 0 and all(prompts)
     if not (fits and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and batch_size >= 1):
-        raise ValueError(
-            "generate needs a token in each prompt, one budget >= 0 and one seed for each, "
-            "temperature >= 0, top_k >= 0, 0 < top_p <= 1 and batch_size >= 1"
-        )
+        need = "a token, a budget >= 0 and a seed for each prompt, temperature >= 0, top_k >= 0"
+        raise ValueError(f"generate needs {need}, 0 < top_p <= 1 and batch_size >= 1")
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     pick = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -647,22 +635,26 @@ def generate(
 
 @torch.no_grad()
 def _decode(
-    model: Transformer, asked: list[Ask], pick: Any, eos_ids: set[int], scored: bool, record: Any
+    model: Transformer,
+    asked: Sequence[Any],
+    pick: Any,
+    eos_ids: set[int],
+    scored: bool,
+    record: Any,
 ) -> list[tuple[list[int], list[float]]]:
-    """One batch of `generate`: all prompts in one pass, then a token a row and step. Gives each
-    row's tokens and their log-probs.
+    """One batch of `generate`: each row's tokens and their log-probs.
 
     A row that has stopped leaves the batch. Where steps are recorded, and a change of shape is
     dear, it waits until half of the rows have.
     """
-    prompts, budgets = [row[0] for row in asked], [row[1] for row in asked]
+    prompts, budgets, seeds = zip(*asked, strict=True)
     uniforms_BS = torch.zeros(len(asked), max(budgets), dtype=torch.float64)
-    for uniforms, (_, budget, seed) in zip(uniforms_BS, asked, strict=True):
+    for uniforms, budget, seed in zip(uniforms_BS, budgets, seeds, strict=True):
         uniforms[:budget].uniform_(generator=torch.Generator().manual_seed(seed))
     uniforms_BS = uniforms_BS.to(model.device)
     tokens: list[list[int]] = [[] for _ in asked]
     scores: list[list[float]] = [[] for _ in asked]
-    size = max(len(prompt) + budget for prompt, budget, _ in asked)
+    size = max(map(sum, zip(map(len, prompts), budgets, strict=True)))
     cache = Cache(model, prompts, size, record)
     logits_BV = cache.logits_BV
     rows = list(range(len(asked)))  # the prompt that each place of the batch belongs to
@@ -681,19 +673,11 @@ def _decode(
         if not any(going):
             break
         if sum(going) <= len(going) // 2 or not (record or all(going)):
-            kept = close_ranks(going)
+            kept = cache.keep(going)
             rows, going = [rows[place] for place in kept], [True] * len(kept)
             picked_B, uniforms_BS = picked_B[kept], uniforms_BS[kept]
-            cache.keep(kept)
         logits_BV = cache.step(picked_B)
     return list(zip(tokens, scores, strict=True))
-
-
-def close_ranks(going: list[bool]) -> list[int]:
-    """The places of the rows that go on, the last of them moved into the gaps: few move."""
-    count = sum(going)
-    movers = [place for place in range(count, len(going)) if going[place]]
-    return [place if going[place] else movers.pop() for place in range(count)]
 
 
 def record_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
@@ -761,6 +745,7 @@ def sample_tokens(
 
 # ------------------------------------------------------------------------------------ the config
 
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 SLIDING, FULL = "sliding_attention", "full_attention"
 FAMILIES: dict[str, dict[str, Any]] = {  # what a config.json of the family may leave out
     "llama": {"attention_bias": False, "mlp_bias": False},
@@ -768,9 +753,9 @@ FAMILIES: dict[str, dict[str, Any]] = {  # what a config.json of the family may 
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False}
     | {"max_window_layers": 28},
 }
-DEFAULTS: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_window_layers": 0}
-FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
-DEFAULTS |= dict.fromkeys(FLAGS, False)
+ALL: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+ALL |= {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "factor": 1.0}
+ALL |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Keys that change the logits, and are read; then those that do not change them (no dropout here).
 COMPUTED = """model_type vocab_size hidden_size intermediate_size num_hidden_layers head_dim
     num_attention_heads num_key_value_heads rms_norm_eps hidden_act tie_word_embeddings rope_theta
@@ -783,25 +768,9 @@ INERT = """architectures auto_map bos_token_id eos_token_id pad_token_id unk_tok
     finetuning_task num_labels name_or_path keys_to_ignore_at_inference license torchscript
     do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences
     max_length length_penalty repetition_penalty""".split()  # noqa: SIM905
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPES = {"default": (), "linear": ("factor",), "llama3": LLAMA3}  # what each rope_type needs
-
-
-Size = Annotated[int, 1, 2**22]  # no product of two of them overflows
-Flag = Annotated[bool, False, True]
-Real = Annotated[float, 1e-18, 1e18]
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding (arXiv 2104.09864), with the scalings of Llama 2 and 3.1."""
-
-    rope_theta: Real = 10000.0
-    kind: str = "default"  # or "linear", "llama3"
-    factor: Real = 1.0
-    low_freq_factor: Real = 1.0
-    high_freq_factor: Real = 4.0
-    original_max_position_embeddings: Real = 8192.0  # tokens
+LINEAR = ["rope_theta", "factor"]
+LLAMA3 = [*LINEAR, "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+ROPES = {"default": ["rope_theta"], "linear": LINEAR, "llama3": LLAMA3}  # what each rope_type needs
 
 
 @dataclass(frozen=True, eq=False)
@@ -819,11 +788,16 @@ class Config:
     rms_norm_eps: Annotated[float, 1e-30, 1.0]
     tie_word_embeddings: Flag
     attention_bias: Flag  # of all four projections
+    qkv_bias: Flag
     mlp_bias: Flag
     use_sliding_window: Flag
-    qkv_bias: bool
     windows: tuple[int | None, ...]  # per layer: a token sees this many tokens, itself included
-    rope: Rope
+    rope_type: str  # arXiv 2104.09864; "linear" is Llama 2's scaling of it, "llama3" that of 3.1
+    rope_theta: Positive
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position_embeddings: Positive  # tokens
     raw: dict[str, Any] = field(repr=False)
 
     @classmethod
@@ -832,88 +806,71 @@ class Config:
         family: Any = raw.get("model_type")
         if family not in [*FAMILIES]:
             raise InputError(f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
-        for key, value in raw.items():
-            if key not in [*COMPUTED, *INERT, *FAMILIES[family]] and not _is_off(key, value):
-                raise InputError(f"{where}: key {key!r} is not implemented for {family}")
-        known = DEFAULTS | FAMILIES[family] | dict(raw)
+        rope = _rope(raw, where)
+        turning = ROPES[rope["rope_type"]]
+        keys = [*COMPUTED, *INERT, *FAMILIES[family]]
+        for given, read in ((raw, keys), (rope, ["rope_type", "type", *turning])):
+            for key, value in given.items():
+                off = value in (None, False, "", [], {}) or key.startswith("_")
+                off = off or (key == "partial_rotary_factor" and value == 1)
+                if not off and key not in read:
+                    raise InputError(f"{where}: key {key!r} is not implemented for {family}")
+        known = {**ALL, **FAMILIES[family], **raw, **dict.fromkeys(turning), **rope, "raw": {**raw}}
         if known["hidden_act"] not in ("silu", "swish"):
             raise InputError(f"{where}: hidden_act is {known['hidden_act']!r}, not 'silu'")
         with reading(f"{where}: hidden_size or num_attention_heads"):
-            head_dim = known["hidden_size"] // max(1, known["num_attention_heads"])
-        for key, value in (("num_key_value_heads", "num_attention_heads"), ("head_dim", head_dim)):
-            known[key] = known.get(value, value) if known.get(key) is None else known[key]
-        config = cls(
-            **_checked(cls, known, where),
-            qkv_bias=known["attention_bias"] or family == "qwen2",
-            windows=_windows(known, where),
-            rope=_rope(known, where),
-            raw=dict(raw),
-        )
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        if heads % kv_heads or config.head_dim % 2 or heads * config.head_dim > 2**22:
-            raise InputError(
-                f"{where}: num_attention_heads {heads} must be a multiple of num_key_value_heads "
-                f"{kv_heads}, head_dim {config.head_dim} even, and heads x head_dim at most {2**22}"
-            )
-        return config
+            size = known["hidden_size"] // max(1, known["num_attention_heads"])
+        for key, value in (
+            ("num_key_value_heads", known["num_attention_heads"]),
+            ("head_dim", size),
+        ):
+            known[key] = value if known.get(key) is None else known[key]
+        known["qkv_bias"] = known["attention_bias"] or family == "qwen2"
+        hints = get_type_hints(cls, include_extras=True).items()
+        for key, (kind, low, high) in [
+            (k, get_args(h)) for k, h in hints if get_origin(h) is Annotated
+        ]:
+            fits = type(known.get(key)) in ((int, float) if kind is float else (kind,))
+            if not fits or not low <= known[key] <= high:
+                told = f"{known.get(key)!r}, not {kind.__name__} from {low} to {high}"
+                raise InputError(f"{where}: {key} is {told}")
+        heads, kv_heads, head_dim = (known[key] for key in HEADS)
+        if heads % kv_heads or head_dim % 2 or heads * head_dim > 2**22:
+            told = f"{heads}, num_key_value_heads {kv_heads} and head_dim {head_dim} do not fit"
+            raise InputError(f"{where}: num_attention_heads {told}")
+        if known["low_freq_factor"] >= known["high_freq_factor"]:
+            raise InputError(f"{where}: low_freq_factor is not below high_freq_factor")
+        known["windows"] = _windows(known, where)
+        return cls(**{key: known[key] for key, _ in hints})
 
 
-def _checked(kind: type, known: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of a dataclass's fields that have a range, each of its type and in its range."""
-    values = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        if get_origin(hint) is Annotated:
-            (plain, low, high), values[name] = get_args(hint), known.get(name)
-            fits = type(values[name]) in ((int, float) if plain is float else (plain,))
-            if not fits or not low <= values[name] <= high:
-                told = f"{name} is {values[name]!r}, not {plain.__name__} from {low} to {high}"
-                raise InputError(f"{where}: {told}")
-    return values
-
-
-def _is_off(key: str, value: Any) -> bool:
-    """Whether an unknown key does nothing: it is unset, a comment, or RoPE on all channels."""
-    whole = key == "partial_rotary_factor" and value == 1
-    return value in (None, False, "", [], {}) or key.startswith("_") or whole
+def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (5), in one."""
+    both = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)] or [{}]
+    if type(both[0]) is not dict or both[0] != both[-1]:
+        raise InputError(f"{where}: rope_scaling and rope_parameters are not one equal object")
+    kind = both[0].get("rope_type", both[0].get("type", "default"))
+    if kind not in [*ROPES]:
+        raise InputError(f"{where}: rope_type {kind!r} is not one of {', '.join(ROPES)}")
+    return {"rope_theta": raw.get("rope_theta", 10000.0), **both[0], "rope_type": kind}
 
 
 def _windows(known: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
     """The sliding window of each layer: all of Mistral's, and those of Qwen2 that it says."""
     layers, some = known["num_hidden_layers"], known["model_type"] == "qwen2"
     used = known["use_sliding_window"] if some else known["model_type"] == "mistral"
-    window = known["sliding_window"] if used else None
-    first = known["max_window_layers"] if some and window is not None else 0
-    for key, value, least in (("sliding_window", window, 1), ("max_window_layers", first, 0)):
-        if window is not None and not (type(value) is int and least <= value < 2**31):
-            raise InputError(f"{where}: {key} is {value!r}, not an int of {least} or more")
-    kinds = [FULL if window is None or i < first else SLIDING for i in range(layers)]
-    given = known.get("layer_types") or kinds
-    free = some and window is not None  # other layers than `max_window_layers` says
-    odd = type(given) is not list or any(kind not in (FULL, SLIDING) for kind in given)
-    if odd or len(given) != layers or (given != kinds and not free):
-        raise InputError(f"{where}: layer_types is not what sliding_window {window} says: {kinds}")
+    window, first = known["sliding_window"] if used else None, 0
+    with reading(f"{where}: sliding_window, max_window_layers or layer_types"):
+        if window is not None and not (type(window) is int and 0 < window < 2**31):
+            raise ValueError(f"a window of {window!r} tokens")
+        if window is not None and some and (first := known["max_window_layers"]) < 0:
+            raise ValueError(f"the window begins at layer {first}")
+        kinds = [FULL if window is None or i < first else SLIDING for i in range(layers)]
+        given = known.get("layer_types") or kinds
+        free = some and window is not None  # layers may differ from what max_window_layers says
+        if not {*given} <= {FULL, SLIDING} or len(given) != layers or not (free or given == kinds):
+            raise ValueError(f"{given!r} are not the {layers} layers of a window of {window}")
     return tuple(window if kind == SLIDING else None for kind in given)
-
-
-def _rope(known: Mapping[str, Any], where: str) -> Rope:
-    """`rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (5)."""
-    both = [known[key] for key in ("rope_scaling", "rope_parameters") if known.get(key)] or [{}]
-    given = both[0]
-    if type(given) is not dict or given != both[-1]:
-        raise InputError(f"{where}: rope_scaling and rope_parameters are not one equal object")
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in [*ROPES]:
-        raise InputError(f"{where}: rope_type {kind!r} is not one of {', '.join(ROPES)}")
-    for key, value in given.items():
-        read = key in ("rope_type", "type", "rope_theta", *ROPES[kind])
-        if not read and not _is_off(key, value):
-            raise InputError(f"{where}: RoPE's key {key!r} is not implemented for {kind!r}")
-    values = {"rope_theta": known.get("rope_theta", 10000.0)} | given
-    values = {key: values.get(key) for key in ("rope_theta", *ROPES[kind])}
-    rope = Rope(kind=kind, **_checked(Rope, vars(Rope()) | values, where))
-    if rope.low_freq_factor >= rope.high_freq_factor:
-        raise InputError(f"{where}: RoPE's low_freq_factor is not below its high_freq_factor")
-    return rope
 
 
 # ------------------------------------------------------------------------- reading and writing
@@ -925,9 +882,7 @@ def load_weights(
     parameters: Mapping[str, Tensor], path: str | Path, place: Callable[..., Any] = Tensor.copy_
 ) -> None:
     """Fills parameters by name from a folder's safetensors, through `place(parameter, value)`.
-
-    Raises InputError, before any is filled, as `find_weights` says.
-    """
+    Raises InputError, before any is filled, as `find_weights` says."""
     tensors = find_weights(parameters, path)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -938,13 +893,9 @@ def load_weights(
 
 
 def find_weights(parameters: Mapping[str, Tensor], path: str | Path) -> Tensors:
-    """The tensors of a folder, once all headers agree with the parameters, which may be on the
-    meta device.
-
-    Raises InputError for tensors that are missing, unexpected, misshapen or of another type. A
-    tied head saved a second time is accepted where it equals the embedding, and so are the
-    `rotary_emb.inv_freq` buffers of old files.
-    """
+    """The tensors of a folder, once all headers agree with the parameters, be they on the meta
+    device. Raises InputError for tensors missing, unexpected, misshapen or of another type; a tied
+    head that equals the embedding is none, and neither are the `inv_freq` of old files."""
     tensors = Tensors(path)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     missing, extra = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys() - {head}
@@ -954,9 +905,9 @@ def find_weights(parameters: Mapping[str, Tensor], path: str | Path) -> Tensors:
             some = ", ".join(sorted(names)[:3])
             raise InputError(f"{path}: {len(names)} weights {what}, such as {some}")
     for name, parameter in parameters.items():
-        (dtype, shape), want = tensors.headers[name], [*parameter.shape]
+        (file, dtype, shape), want = tensors.found[name], [*parameter.shape]
         if shape != want or dtype not in ("F32", "F16", "BF16"):
-            raise InputError(f"{path}: {name} is {dtype} {shape}, not F32, F16 or BF16 {want}")
+            raise InputError(f"{file}: {name} is {dtype} {shape}, not F32, F16 or BF16 {want}")
     twice = head in tensors and head not in parameters
     if twice and not torch.equal(tensors[head], tensors[embedding]):
         raise InputError(f"{path}: tie_word_embeddings is true, but {head} is not {embedding}")
@@ -964,11 +915,8 @@ def find_weights(parameters: Mapping[str, Tensor], path: str | Path) -> Tensors:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """A folder's tensors by name, of model.safetensors or of the shards that its index names.
-
-    All headers are read at once, which finds truncated and garbled files; a tensor is read when it
-    is asked for. `headers` are types and shapes.
-    """
+    """A folder's tensors by name, of model.safetensors or of the shards that its index names. All
+    headers are read at once, which finds truncated and garbled files; a tensor, when asked for."""
 
     def __init__(self, folder: str | Path) -> None:
         single, index = Path(folder) / SINGLE, Path(folder) / INDEX
@@ -978,26 +926,25 @@ class Tensors(Mapping[str, Tensor]):
             shards = {SINGLE} if single.is_file() else {*read_json(index)["weight_map"].values()}
             if any(shard != Path(shard).name for shard in shards):
                 raise ValueError("weight_map must map tensor names to files beside it")
-        self.files: dict[str, Path] = {}
-        self.headers: dict[str, tuple[str, list[int]]] = {}
-        for shard in sorted(shards):
-            path = Path(folder) / shard
+        self.found: dict[str, tuple[Path, str, list[int]]] = {}  # where each is, its type and shape
+        for path in [Path(folder) / shard for shard in sorted(shards)]:
             with reading(path), safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if name in self.files:
-                        raise InputError(f"{folder}: {name} is in {shard} and in another file")
-                    part, self.files[name] = file.get_slice(name), path
-                    self.headers[name] = part.get_dtype(), part.get_shape()
+                    if name in self.found:
+                        raise InputError(f"{folder}: {name} is in {path.name} and in another file")
+                    part = file.get_slice(name)
+                    self.found[name] = path, part.get_dtype(), part.get_shape()
 
     def __getitem__(self, name: str) -> Tensor:
-        with reading(self.files[name]), safe_open(self.files[name], framework="pt") as file:
+        path = self.found[name][0]
+        with reading(path), safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
+        return iter(self.found)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.found)
 
 
 def write_config(path: str | Path, config: Config, dtype: torch.dtype) -> None:
@@ -1015,17 +962,14 @@ def write_weights(
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes tensors as model.safetensors, or as shards with an index where they exceed one.
-
-    `fetch` gives a tensor as it is to be written, no more than a shard of them at a time. It may be
-    collective: all ranks call this, and `write` is true on one of them.
-    """
+    `fetch` gives a tensor as it is to be written, for no more than a shard at a time. It may be
+    collective: all ranks call this, and `write` is true on one of them."""
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()  # of the whole, where it is sharded
         if size > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
+            shards, room = [*shards, {}], shard_bytes
         shards[-1][name] = tensor
         room -= size
     total, weight_map = 0, dict[str, str]()
