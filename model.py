@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -50,6 +50,7 @@ Positive = Annotated[float, 1e-30, 1e6]
 Weight = Annotated[float, 0.0, 1e6]
 Share = Annotated[float, 0.0, 1.0]
 Size = Annotated[int, 1, 2**22]  # no product of two of them overflows
+Real = Annotated[float, 1e-30, 1e18]
 Flag = Annotated[bool, False, True]
 
 
@@ -203,10 +204,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], layout: Packed) -> Tensor:
         """(T, D) -> (T, D)."""
-        q_THE, k_TKE, v_TKE = (
-            part(x_TD).unflatten(-1, (-1, self.head_dim))
-            for part in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        parts = (part(x_TD) for part in (self.q_proj, self.k_proj, self.v_proj))
+        q_THE, k_TKE, v_TKE = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
         q_THE, k_TKE = rotate(q_THE, rotation), rotate(k_TKE, rotation)
         return self.o_proj(layout.attend(q_THE, k_TKE, v_TKE, self).flatten(1))
 
@@ -498,20 +497,16 @@ class Cache(Packed):
 
 # ------------------------------------------------------------------------------ log-probabilities
 
-# How many logits exist at a time: 64 MiB in float32 on a CPU, where caches are small, 512 MiB on a
-# GPU, whose matrix units starve on few rows; and how many exponentials wait for the backward pass.
+# How many logits exist at a time (64 MiB in float32 on a CPU, whose caches are small, 512 MiB on a
+# GPU, whose matrix units starve on few rows), and how many exponentials wait for a backward pass.
 LOGITS = {"cpu": 2**24, "cuda": 2**27}
 KEPT = 2**26
 
 
 def pair_logprobs(model: Transformer, pairs: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Summed response log-probs of N (prompt, chosen, rejected), as of separate sequences.
-
-    Returns:
-        chosen, rejected: (N,) float32 sums over response tokens (EOS included), differentiable.
-        n_chosen, n_rejected: (N,) float32 response lengths in tokens.
-    An empty side (as the rejected one in SFT) gives 0 and 0.
-    """
+    """Summed response log-probs of N (prompt, chosen, rejected), as of separate sequences: (N,)
+    float32 of the chosen and of the rejected sides, EOS included, differentiable; then (N,) float32
+    lengths of both in tokens. An empty side (as the rejected one in SFT) gives 0 and 0."""
     return pair_sums(pair_token_logprobs(model, pairs))
 
 
@@ -577,9 +572,8 @@ def exponentials(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> tuple[Tens
     logits_MV = F.linear(x_MD, head_VD).float()
     logits_MV -= logits_MV.amax(1, keepdim=True)
     picked_M1 = logits_MV.gather(1, targets_M[:, None])
-    exp_MV = logits_MV.exp_()
-    sums_M1 = exp_MV.sum(1, keepdim=True)
-    return exp_MV, sums_M1, (picked_M1 - sums_M1.log())[:, 0]
+    sums_M1 = logits_MV.exp_().sum(1, keepdim=True)
+    return logits_MV, sums_M1, (picked_M1 - sums_M1.log())[:, 0]
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -635,12 +629,7 @@ def generate(
 
 @torch.no_grad()
 def _decode(
-    model: Transformer,
-    asked: Sequence[Any],
-    pick: Any,
-    eos_ids: set[int],
-    scored: bool,
-    record: Any,
+    model: Transformer, asked: list[Any], pick: Any, eos_ids: set[int], scored: bool, record: Any
 ) -> list[tuple[list[int], list[float]]]:
     """One batch of `generate`: each row's tokens and their log-probs.
 
@@ -666,9 +655,8 @@ def _decode(
             logprobs = logits_BV.float().log_softmax(-1).gather(1, picked_B[:, None])
             told.append((scores, logprobs[:, 0].tolist()))
         for lists, values in told:
-            for row, goes, value in zip(rows, going, values, strict=True):
-                if goes:
-                    lists[row].append(value)
+            for row, value in compress(zip(rows, values, strict=True), going):
+                lists[row].append(value)
         going = [tokens[i][-1] not in eos_ids and len(tokens[i]) < budgets[i] for i in rows]
         if not any(going):
             break
@@ -745,7 +733,6 @@ def sample_tokens(
 
 # ------------------------------------------------------------------------------------ the config
 
-HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 SLIDING, FULL = "sliding_attention", "full_attention"
 FAMILIES: dict[str, dict[str, Any]] = {  # what a config.json of the family may leave out
     "llama": {"attention_bias": False, "mlp_bias": False},
@@ -753,12 +740,9 @@ FAMILIES: dict[str, dict[str, Any]] = {  # what a config.json of the family may 
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False}
     | {"max_window_layers": 28},
 }
-ALL: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-ALL |= {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "factor": 1.0}
-ALL |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Keys that change the logits, and are read; then those that do not change them (no dropout here).
 COMPUTED = """model_type vocab_size hidden_size intermediate_size num_hidden_layers head_dim
-    num_attention_heads num_key_value_heads rms_norm_eps hidden_act tie_word_embeddings rope_theta
+    num_attention_heads num_key_value_heads rms_norm_eps tie_word_embeddings rope_theta
     rope_scaling rope_parameters layer_types""".split()  # noqa: SIM905
 INERT = """architectures auto_map bos_token_id eos_token_id pad_token_id unk_token_id torch_dtype
     dtype transformers_version use_cache initializer_range max_position_embeddings model_max_length
@@ -768,15 +752,15 @@ INERT = """architectures auto_map bos_token_id eos_token_id pad_token_id unk_tok
     finetuning_task num_labels name_or_path keys_to_ignore_at_inference license torchscript
     do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences
     max_length length_penalty repetition_penalty""".split()  # noqa: SIM905
+IDLE: dict[str, list[Any]] = {"hidden_act": ["silu", "swish"], "partial_rotary_factor": [1]}
 LINEAR = ["rope_theta", "factor"]
 LLAMA3 = [*LINEAR, "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 ROPES = {"default": ["rope_theta"], "linear": LINEAR, "llama3": LLAMA3}  # what each rope_type needs
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Config:
-    """What a Hugging Face `config.json` says of the computation, by its own keys, and what follows
-    from them; `raw` is the file itself."""
+    """What a Hugging Face `config.json`, which is `raw`, says of the computation, by its keys."""
 
     vocab_size: Size
     hidden_size: Size
@@ -785,19 +769,19 @@ class Config:
     num_attention_heads: Size
     num_key_value_heads: Size
     head_dim: Size
-    rms_norm_eps: Annotated[float, 1e-30, 1.0]
-    tie_word_embeddings: Flag
-    attention_bias: Flag  # of all four projections
+    rms_norm_eps: Annotated[float, 1e-30, 1.0] = 1e-6
+    tie_word_embeddings: Flag = False
+    attention_bias: Flag = False  # of all four projections
     qkv_bias: Flag
-    mlp_bias: Flag
-    use_sliding_window: Flag
+    mlp_bias: Flag = False
+    use_sliding_window: Flag = False
     windows: tuple[int | None, ...]  # per layer: a token sees this many tokens, itself included
     rope_type: str  # arXiv 2104.09864; "linear" is Llama 2's scaling of it, "llama3" that of 3.1
-    rope_theta: Positive
-    factor: Positive
-    low_freq_factor: Positive
-    high_freq_factor: Positive
-    original_max_position_embeddings: Positive  # tokens
+    rope_theta: Real
+    factor: Real = 1.0
+    low_freq_factor: Real = 1.0
+    high_freq_factor: Real = 4.0
+    original_max_position_embeddings: Real = 8192.0  # tokens
     raw: dict[str, Any] = field(repr=False)
 
     @classmethod
@@ -811,37 +795,33 @@ class Config:
         keys = [*COMPUTED, *INERT, *FAMILIES[family]]
         for given, read in ((raw, keys), (rope, ["rope_type", "type", *turning])):
             for key, value in given.items():
-                off = value in (None, False, "", [], {}) or key.startswith("_")
-                off = off or (key == "partial_rotary_factor" and value == 1)
-                if not off and key not in read:
-                    raise InputError(f"{where}: key {key!r} is not implemented for {family}")
-        known = {**ALL, **FAMILIES[family], **raw, **dict.fromkeys(turning), **rope, "raw": {**raw}}
-        if known["hidden_act"] not in ("silu", "swish"):
-            raise InputError(f"{where}: hidden_act is {known['hidden_act']!r}, not 'silu'")
+                off = value in (None, False, "", [], {}, *IDLE.get(key, ()))
+                if key not in read and not key.startswith("_") and not off:
+                    raise InputError(f"{where}: {key} {value!r} is not implemented for {family}")
+        known: dict[str, Any] = {**vars(cls), **FAMILIES[family], **raw, **dict.fromkeys(turning)}
+        known |= {**rope, "raw": dict(raw)}
+        heads: Any = known.get("num_attention_heads")
         with reading(f"{where}: hidden_size or num_attention_heads"):
-            size = known["hidden_size"] // max(1, known["num_attention_heads"])
-        for key, value in (
-            ("num_key_value_heads", known["num_attention_heads"]),
-            ("head_dim", size),
-        ):
+            size = known["hidden_size"] // max(1, heads)
+        for key, value in {"num_key_value_heads": heads, "head_dim": size}.items():
             known[key] = value if known.get(key) is None else known[key]
         known["qkv_bias"] = known["attention_bias"] or family == "qwen2"
-        hints = get_type_hints(cls, include_extras=True).items()
-        for key, (kind, low, high) in [
-            (k, get_args(h)) for k, h in hints if get_origin(h) is Annotated
-        ]:
-            fits = type(known.get(key)) in ((int, float) if kind is float else (kind,))
-            if not fits or not low <= known[key] <= high:
-                told = f"{known.get(key)!r}, not {kind.__name__} from {low} to {high}"
-                raise InputError(f"{where}: {key} is {told}")
-        heads, kv_heads, head_dim = (known[key] for key in HEADS)
-        if heads % kv_heads or head_dim % 2 or heads * head_dim > 2**22:
-            told = f"{heads}, num_key_value_heads {kv_heads} and head_dim {head_dim} do not fit"
+        hints = get_type_hints(cls, include_extras=True)
+        for key, hint in hints.items():
+            if get_origin(hint) is Annotated:
+                (kind, low, high), value = get_args(hint), known.get(key)
+                fits = type(value) in ((int, float) if kind is float else (kind,))
+                if not fits or not low <= value <= high:
+                    told = f"{value!r}, not {kind.__name__} from {low} to {high}"
+                    raise InputError(f"{where}: {key} is {told}")
+        kv_heads, size = known["num_key_value_heads"], known["head_dim"]
+        if heads % kv_heads or size % 2 or heads * size > 2**22:
+            told = f"{heads}, num_key_value_heads {kv_heads} and head_dim {size} do not fit"
             raise InputError(f"{where}: num_attention_heads {told}")
         if known["low_freq_factor"] >= known["high_freq_factor"]:
             raise InputError(f"{where}: low_freq_factor is not below high_freq_factor")
         known["windows"] = _windows(known, where)
-        return cls(**{key: known[key] for key, _ in hints})
+        return cls(**{key: known[key] for key in hints})
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -859,12 +839,11 @@ def _windows(known: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
     """The sliding window of each layer: all of Mistral's, and those of Qwen2 that it says."""
     layers, some = known["num_hidden_layers"], known["model_type"] == "qwen2"
     used = known["use_sliding_window"] if some else known["model_type"] == "mistral"
-    window, first = known["sliding_window"] if used else None, 0
+    window = known["sliding_window"] if used else None
     with reading(f"{where}: sliding_window, max_window_layers or layer_types"):
-        if window is not None and not (type(window) is int and 0 < window < 2**31):
-            raise ValueError(f"a window of {window!r} tokens")
-        if window is not None and some and (first := known["max_window_layers"]) < 0:
-            raise ValueError(f"the window begins at layer {first}")
+        first = known["max_window_layers"] if some and window is not None else 0
+        if window is not None and not (type(window) is int and 0 < window < 2**31 and first >= 0):
+            raise ValueError(f"a window of {window!r} tokens from layer {first} on")
         kinds = [FULL if window is None or i < first else SLIDING for i in range(layers)]
         given = known.get("layer_types") or kinds
         free = some and window is not None  # layers may differ from what max_window_layers says
@@ -902,14 +881,13 @@ def find_weights(parameters: Mapping[str, Tensor], path: str | Path) -> Tensors:
     extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
     for names, what in ((missing, "missing"), (extra, "unexpected")):
         if names:
-            some = ", ".join(sorted(names)[:3])
-            raise InputError(f"{path}: {len(names)} weights {what}, such as {some}")
+            raise InputError(f"{path}: {len(names)} weights {what}, such as {min(names)}")
     for name, parameter in parameters.items():
         (file, dtype, shape), want = tensors.found[name], [*parameter.shape]
         if shape != want or dtype not in ("F32", "F16", "BF16"):
             raise InputError(f"{file}: {name} is {dtype} {shape}, not F32, F16 or BF16 {want}")
-    twice = head in tensors and head not in parameters
-    if twice and not torch.equal(tensors[head], tensors[embedding]):
+    tied = head in tensors and head not in parameters
+    if tied and not torch.equal(tensors[head], tensors[embedding]):
         raise InputError(f"{path}: tie_word_embeddings is true, but {head} is not {embedding}")
     return tensors
 
@@ -961,27 +939,23 @@ def write_weights(
     write: bool = True,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes tensors as model.safetensors, or as shards with an index where they exceed one.
+    """Writes tensors as model.safetensors, or where they exceed one as shards, with an index.
     `fetch` gives a tensor as it is to be written, for no more than a shard at a time. It may be
     collective: all ranks call this, and `write` is true on one of them."""
-    shards: list[dict[str, Tensor]] = [{}]
-    room = shard_bytes
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()  # of the whole, where it is sharded
-        if size > room and shards[-1]:
-            shards, room = [*shards, {}], shard_bytes
-        shards[-1][name] = tensor
-        room -= size
+    ends = accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    parts: dict[int, list[str]] = {}  # a tensor is in the shard that its end falls into
+    for name, end in zip(tensors, ends, strict=True):
+        parts.setdefault(max(0, end - 1) // shard_bytes, []).append(name)
     total, weight_map = 0, dict[str, str]()
-    for i, shard in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        whole = {name: fetch(tensor) for name, tensor in shard.items()}
+    for i, names in enumerate(parts.values(), 1):
+        file = SINGLE if len(parts) == 1 else f"model-{i:05}-of-{len(parts):05}.safetensors"
+        whole = {name: fetch(tensors[name]) for name in names}
         if write:
             save_file(whole, Path(path) / file, metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in whole.values())
-        weight_map |= dict.fromkeys(shard, file)
+        weight_map |= dict.fromkeys(names, file)
     if write:  # of an earlier checkpoint in this folder, no file may be left that a loader prefers
-        (Path(path) / (INDEX if len(shards) == 1 else SINGLE)).unlink(missing_ok=True)
-    if write and len(shards) > 1:
+        (Path(path) / (INDEX if len(parts) == 1 else SINGLE)).unlink(missing_ok=True)
+    if write and len(parts) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (Path(path) / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
