@@ -6,14 +6,14 @@
     chosen, rejected, n_chosen, n_rejected = pair_logprobs(model, pairs)
 
 The parameters carry Hugging Face's names. This file knows nothing of training, and nothing of
-`torch.distributed`. One stack of blocks serves three uses, always on one row of T tokens without
-padding; they differ in the layout: which position a token has, what it sees, what is read out.
+`torch.distributed`; behind `generate`, where a reader may stop, are config.json and weights.
+
+One stack of blocks serves three uses, always on one row of T tokens without padding. They differ
+in the layout: which position a token has, which tokens it sees, and what is read out.
 
     Packed     sequences of any lengths, one behind the other; logits everywhere
     Branches   training: of each pair the common prefix once, and two tails that branch from it
     Cache      generation: first the prompts, packed, then one token more in each row
-
-Whoever has read through `generate` knows the model; behind it config.json and weights are read.
 
 Shapes: B rows, T tokens, S stored or seen keys, V vocabulary, D hidden size, H query heads, K
 key-value heads, G = H / K, E head size, N pairs, M scored tokens. A suffix spells a shape: q_THE.
@@ -96,9 +96,9 @@ def read_json(path: Path) -> dict[str, Any]:
 class Transformer(nn.Module):
     """A decoder-only language model whose parameter names are Hugging Face's.
 
-    `compute_dtype` is the type of the activations, by default that of the weights: with fp32
-    weights and bf16 here, each matrix is rounded as it is used and its gradient arrives in fp32.
-    `checkpointing` recomputes each block in the backward pass in place of keeping its activations.
+    `compute_dtype` is the type of activations, by default that of the weights: with fp32 weights
+    and bf16 here, each matrix is rounded as it is used, and its gradient arrives in fp32. With
+    `checkpointing` a backward pass computes each block again, in place of keeping its activations.
     """
 
     def __init__(self, config: Config) -> None:
@@ -140,11 +140,11 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:  # scales of a norm, or biases
                 parameter.data.fill_(float("norm" in name))
-                continue
-            std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
-            std *= depth if "o_proj" in name or "down_proj" in name else 1
-            values = torch.empty(parameter.shape).normal_(0, std, generator=generator)
-            parameter.data.copy_(values)
+            else:
+                std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
+                std *= depth if "o_proj" in name or "down_proj" in name else 1
+                values = torch.empty(parameter.shape).normal_(0, std, generator=generator)
+                parameter.data.copy_(values)
 
     @property
     def device(self) -> torch.device:
@@ -278,11 +278,9 @@ GROUPED: Any = dict.fromkeys({"enable_gqa"} & {*inspect.signature(varlen_attn).p
 
 
 class Packed:
-    """Sequences one behind the other in one row of T tokens, so that nothing is padded.
-
-    `sizes` are their tokens. A sequence sees before its own the first tokens of the sequence before
-    it, as many as `prefixes` says, and its positions go on from there.
-    """
+    """Sequences one behind the other in one row of T tokens, so that nothing is padded. `sizes` are
+    their tokens. A sequence sees before its own the first tokens of the sequence before it, as many
+    as `prefixes` says, and its positions go on from there."""
 
     def __init__(self, sizes: list[int], prefixes: list[int], device: torch.device) -> None:
         self.sizes, self.seen_sizes = sizes, [*map(sum, zip(sizes, prefixes, strict=True))]
@@ -358,10 +356,9 @@ def causal_bias(
 
 class Branches(Packed):
     """Trees: of each pair its common prefix once, then both tails, which see the prefix and
-    themselves. Its first sequence is prefix and chosen tail, its second the rejected tail.
-
-    What is read are the log-probs of M response tokens, in the order of `lengths`: for each pair
-    those shared, those of the chosen tail, those of the rejected tail.
+    themselves. Its first sequence is prefix and chosen tail, its second the rejected tail. What is
+    read are the log-probs of M response tokens, in the order of `lengths`: for each pair those
+    shared, those of the chosen tail, those of the rejected tail.
     """
 
     def __init__(self, pairs: Sequence[Any], device: torch.device) -> None:
@@ -406,7 +403,7 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 class Cache(Packed):
     """A static key-value cache of B rows: made of prompts, which it takes in at once, packed; each
-    `step` then adds a token to each row (T = B). `logits_BV` are those after the last ones.
+    `step` then adds a token to each row (T = B). `logits_BV` are those after what was added last.
 
     `size` is the most tokens that a row will have; a step reads `width` of them, with `record` a
     multiple of 128: such steps are recorded, and replayed with new numbers until a shape changes.
@@ -429,21 +426,21 @@ class Cache(Packed):
         # From here on a token a row. Recorded steps read both where they lie now: they stay there.
         self.rows, self.positions = self.rows[self.last], self.positions[self.last]
 
-    def step(self, tokens_B: Tensor) -> Tensor:
-        """The logits after one token more in each row, (B, V)."""
+    def step(self, tokens_B: Tensor) -> None:
+        """Takes one token more in, in each row."""
         # A row that has stopped, but was kept, may go on past the end: it stays on the last place.
         self.positions.add_(1).clamp_max_(self.size - 1)
         self.lengths = [length + 1 for length in self.lengths]
         grain = 128 if self.record else 1
         self.width = min(self.size, -(-max(self.lengths) // grain) * grain)
         if not self.record:
-            return self.model(tokens_B, self)
+            self.logits_BV = self.model(tokens_B, self)
+            return
         if self.shape != (len(tokens_B), self.width):
             self.shape, self.tokens = (len(tokens_B), self.width), tokens_B.clone()
             self.replay, self.logits_BV = self.record(lambda: self.model(self.tokens, self))
         self.tokens.copy_(tokens_B)
         self.replay()
-        return self.logits_BV
 
     def keep(self, going: list[bool]) -> list[int]:
         """Drops the rows that stop. The last of the others fill the gaps, so that few are copied:
@@ -525,12 +522,10 @@ def pair_token_logprobs(model: Transformer, pairs: Sequence[Any]) -> list[Tensor
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(x @ head^T)[target] in chunks of rows, of which each has `LOGITS` logits.
-
-    The first `keep` exponentials stay for the backward pass, chunks beyond are computed again. The
+    """log softmax(x @ head^T)[target] in chunks of rows, of which each has `LOGITS` logits. The
+    first `keep` exponentials stay for the backward pass, chunks beyond are computed again. The
     gradient g of a log-prob is g (onehot(target) - softmax) for its logits, written over them:
-    autograd would fill five arrays of tokens x vocabulary, and one of (V, D) for each chunk.
-    """
+    autograd would fill five arrays of tokens x vocabulary, and one of (V, D) for each chunk."""
 
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, keep: int) -> Tensor:
@@ -631,11 +626,8 @@ def generate(
 def _decode(
     model: Transformer, asked: list[Any], pick: Any, eos_ids: set[int], scored: bool, record: Any
 ) -> list[tuple[list[int], list[float]]]:
-    """One batch of `generate`: each row's tokens and their log-probs.
-
-    A row that has stopped leaves the batch. Where steps are recorded, and a change of shape is
-    dear, it waits until half of the rows have.
-    """
+    """One batch of `generate`: each row's tokens and their log-probs. A row that has stopped leaves
+    the batch; where steps are recorded, and a change of shape is dear, not before half of all."""
     prompts, budgets, seeds = zip(*asked, strict=True)
     uniforms_BS = torch.zeros(len(asked), max(budgets), dtype=torch.float64)
     for uniforms, budget, seed in zip(uniforms_BS, budgets, seeds, strict=True):
@@ -645,14 +637,13 @@ def _decode(
     scores: list[list[float]] = [[] for _ in asked]
     size = max(map(sum, zip(map(len, prompts), budgets, strict=True)))
     cache = Cache(model, prompts, size, record)
-    logits_BV = cache.logits_BV
     rows = list(range(len(asked)))  # the prompt that each place of the batch belongs to
     going = [True] * len(rows)
     for step in range(max(budgets)):
-        picked_B = pick(logits_BV, uniforms_BS[:, step])
+        picked_B = pick(cache.logits_BV, uniforms_BS[:, step])
         told: list[Any] = [(tokens, picked_B.tolist())]
         if scored:
-            logprobs = logits_BV.float().log_softmax(-1).gather(1, picked_B[:, None])
+            logprobs = cache.logits_BV.float().log_softmax(-1).gather(1, picked_B[:, None])
             told.append((scores, logprobs[:, 0].tolist()))
         for lists, values in told:
             for row, value in compress(zip(rows, values, strict=True), going):
@@ -664,7 +655,7 @@ def _decode(
             kept = cache.keep(going)
             rows, going = [rows[place] for place in kept], [True] * len(kept)
             picked_B, uniforms_BS = picked_B[kept], uniforms_BS[kept]
-        logits_BV = cache.step(picked_B)
+        cache.step(picked_B)
     return list(zip(tokens, scores, strict=True))
 
 
@@ -681,8 +672,7 @@ def record_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]
 
 
 def by_columns(model: Transformer) -> Transformer:
-    """The same model, the blocks' matrices copied and stored by columns: that halves the time of
-    their products with few rows on a CPU in float32."""
+    """The same model, matrices stored by columns: few rows in fp32 take a CPU half as long then."""
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     for name, weight in weights.items():
         if ".layers." in name and weight.dim() == 2:

@@ -489,8 +489,11 @@ def test_one_kernel_takes_prompts_and_plain_rows_in(
     for on in (False, True):
         kernel(on)
         cache = lm.Cache(ours, prompts, 30, None)
-        steps = [cache.logits_BV, *(cache.step(torch.arange(5) + i) for i in range(3))]
-        found.append([*steps, cache.keys, cache.values, ours(tokens)])
+        logits = [cache.logits_BV]
+        for i in range(3):
+            cache.step(torch.arange(5) + i)
+            logits.append(cache.logits_BV)
+        found.append([*logits, cache.keys, cache.values, ours(tokens)])
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
 
