@@ -351,7 +351,9 @@ def causal_bias(
     at = torch.arange(keys, device=device)
     behind = at[keys - queries :, None] - at
     hidden = (behind < 0) | (behind >= (window or keys))
-    return torch.where(hidden, -math.inf, 0.0).to(dtype)  # SDPA would add a bool mask in each layer
+    return hidden.to(dtype).masked_fill_(
+        hidden, -math.inf
+    )  # of a bool SDPA would make it per layer
 
 
 class Branches(Packed):
@@ -451,12 +453,9 @@ class Cache(Packed):
         for new, old in enumerate(rows):
             if new != old:
                 self.keys[:, new], self.values[:, new] = self.keys[:, old], self.values[:, old]
-        self.keys, self.values, self.rows = (
-            self.keys[:, :count],
-            self.values[:, :count],
-            self.rows[:count],
-        )
-        self.lengths, self.positions = [self.lengths[row] for row in rows], self.positions[rows]
+        self.keys, self.values = self.keys[:, :count], self.values[:, :count]
+        self.rows, self.positions = self.rows[:count], self.positions[rows]
+        self.lengths = [self.lengths[row] for row in rows]
         return rows
 
     def prepare(self, config: Config, dtype: torch.dtype) -> None:
@@ -467,7 +466,7 @@ class Cache(Packed):
         for window in set(config.windows):
             far = False if window is None else places <= last_B1 - window
             hidden = ((places > last_B1) | far)[:, None, None]
-            self.biases[window] = torch.where(hidden, -math.inf, 0.0).to(dtype)
+            self.biases[window] = hidden.to(dtype).masked_fill_(hidden, -math.inf)
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
         """As Packed's; stores k and v, and in a step attends to all that is stored."""
