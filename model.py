@@ -25,7 +25,8 @@ heads, G = H / K, E head size, N pairs, M scored tokens. A suffix spells a shape
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -220,6 +221,17 @@ def _rope(known: Mapping[str, Any], where: str) -> Rope:
     if rope.low_freq_factor >= rope.high_freq_factor:
         raise InputError(f"{where}: RoPE's low_freq_factor is not below its high_freq_factor")
     return rope
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turns the errors of reading a malformed foreign file into InputError: nothing is ignored."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
+        raise InputError(f"{what} is malformed ({type(error).__name__}: {error})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
