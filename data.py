@@ -11,12 +11,10 @@ Three kinds of tokenizer are read, and `transformers` is needed for none of them
     tokenizer.model  SentencePiece (Llama 2, Mistral)             through sentencepiece
     tokenizer.model  tiktoken's own format (Llama 3)              through tiktoken
 
-Ids equal those of transformers, with these exceptions. Runs of spaces, and leading ones, are what
-SentencePiece itself makes of them, which transformers 5 does not do. A run of white space beyond
-100,000 characters is encoded in parts. Nothing is merged across a byte that the vocabulary lacks
-(SmolLM2's lacks a few control characters). NFC is that of Python's Unicode.
-
-Whatever a file holds, what is wrong with it is an `InputError` of one line.
+Ids equal those of transformers, with these exceptions: runs of spaces, and leading ones, are what
+SentencePiece itself makes of them; a run of white space beyond 100,000 characters is encoded in
+parts; nothing is merged across a byte that the vocabulary lacks (SmolLM2's lacks a few control
+characters); NFC is that of Python's Unicode. Whatever is wrong with a file is an `InputError`.
 """
 
 import base64
@@ -32,15 +30,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import SequenceMatcher
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tiktoken
+from jinja2 import Template, TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
 
 from model import InputError, hash_seed, read_json, reading
@@ -87,11 +85,9 @@ def encode_examples(
 
     A row whose prompt has `max_prompt_length` tokens or more is dropped (the official SAPO code's
     rule); responses are cut so that prompt and response have at most `max_length` tokens.
-    Raises InputError where no row is left, and for a row that the chat template refuses.
-    """
+    Raises InputError where no row is left, and for a row that the chat template refuses."""
     if not 0 < max_prompt_length <= max_length:
-        told = f"max prompt length {max_prompt_length} is not between 1 and max length {max_length}"
-        raise InputError(told)
+        raise InputError(f"max prompt length {max_prompt_length} is not from 1 to {max_length}")
     counts = {"rows": len(examples), "dropped_prompt": 0, "cut_response": 0, "cut_rejected": 0}
     kept, pairs = [], []
     for example in examples:
@@ -105,10 +101,8 @@ def encode_examples(
         kept.append(example)
         pairs.append(Pair(prompt, chosen[:room], rejected[:room]))
     if not pairs:
-        raise InputError(
-            f"none of the {len(examples)} rows is left: their prompts have {max_prompt_length} "
-            "tokens or more; raise --max-prompt-length"
-        )
+        told = f"rows is left: their prompts have {max_prompt_length} tokens or more"
+        raise InputError(f"none of the {len(examples)} {told}; raise --max-prompt-length")
     return kept, pairs, counts
 
 
@@ -134,10 +128,8 @@ def _response_ids(
     """What the template for the whole conversation adds to the prompt, through its last EOS."""
     whole = tokenizer.render([*example.messages, {"role": "assistant", "content": answer}])
     if not whole.startswith(text):
-        raise InputError(
-            "the chat template's prompt is no prefix of the conversation that it renders; "
-            "choose another by --chat-template"
-        )
+        told = "the chat template's prompt is no prefix of the conversation that it renders"
+        raise InputError(f"{told}; choose another by --chat-template")
     ids = tokenizer.encode(whole)
     if ids[: len(prompt)] == prompt:
         return tokenizer.end_turn(ids[len(prompt) :])
@@ -155,13 +147,12 @@ REJECTED_KEYS = ("rejected", "generated")
 def load_examples(
     paths: str | Path | Sequence[str | Path], rejected: bool | None = False, prompts: bool = False
 ) -> list[Example]:
-    """The rows of JSON or JSONL files, in order.
+    """The rows of JSON or JSONL files, in order. Raises InputError naming file and line.
 
     Rows are `{"messages"}`, `{"prompt", "chosen", "rejected"}`, `{"prompt", "response"}` or
-    `{"real", "generated"}`; each side is text or a list of messages, with or without the prompt
-    before it. `rejected`: True, each row must have a rejected side; None, it may; False, it is not
-    even looked at. `prompts`: a row may end with the user's turn, and has the response "" then.
-    Raises InputError naming file and line.
+    `{"real", "generated"}`; each side is text or messages, with or without the prompt before it.
+    `rejected`: each row must have a rejected side; None: it may; False: that is not even looked at.
+    `prompts`: a row may end with the user's turn, and then has the response "".
     """
     files = [paths] if isinstance(paths, str | Path) else paths
     rows = (found for file in files for found in read_rows(file))
@@ -181,15 +172,14 @@ def load_targets(path: str | Path) -> list[Target]:
     null are left out. Raises InputError naming file and line."""
     targets = []
     for where, row in read_rows(path):
-        if not isinstance(row, dict) or "prompt" not in row:
-            raise InputError(f"{where}: should be an object with 'prompt'")
-        texts = [row.get("response"), row.get("improved", 0)]
-        if texts[1] is None:
-            continue
-        if not all(isinstance(text, str) for text in texts) or not texts[1].strip():
-            raise InputError(f"{where}: 'response' and 'improved' should be text")
-        turns = _turns(row["prompt"], "prompt", "user", where)
-        targets.append(Target(_asked(turns, where), *map(whole_text, texts)))
+        match row:
+            case {"improved": None}:
+                continue
+            case {"prompt": said, "response": str(old), "improved": str(new)} if new.strip():
+                turns = _asked(_turns(said, "prompt", "user", where), where)
+                targets.append(Target(turns, whole_text(old), whole_text(new)))
+            case _:
+                raise InputError(f"{where}: 'prompt', 'response' and 'improved' should be text")
     if not targets:
         raise InputError(f"no targets in {path}: give at least one")
     return targets
@@ -298,11 +288,9 @@ class Again(Exception):
 
 
 class TargetServer:
-    """Asks a model on an OpenAI-compatible server, several questions at a time.
-
-    Waits and asks again on 408, 429, 5xx, time-outs, dropped connections and replies that are no
-    chat completion: as many seconds as Retry-After says, or 1, 2, 4, ... 64 `PAUSE`s.
-    """
+    """Asks a model on an OpenAI-compatible server, several questions at a time; again, after what
+    Retry-After says, or 1, 2, 4, ... 64 `PAUSE`s, on 408, 429, 5xx, time-outs, dropped connections
+    and replies that are no chat completion."""
 
     TIMEOUT, PAUSE = 120.0, 1.0  # seconds
     TRIES, LONGEST = 8, 10**7  # requests for an answer; bytes of a reply
@@ -312,9 +300,8 @@ class TargetServer:
         host = r"https?://(?:[\w.-]+|\[[\da-f:.]+\])(?::(\d{1,5}))?(?:/[!-~]*)?"
         found = re.fullmatch(host, url, re.ASCII | re.IGNORECASE)
         if not found or not 0 < int(found[1] or 80) < 65536:
-            shown = _short(url.rpartition("@")[2])  # without the password
             told = "is no address such as http://localhost:8000/v1, without user and password"
-            raise InputError(f"{shown} {told}")
+            raise InputError(f"{_short(url.rpartition('@')[2])} {told}")  # nor is one shown
         if key and not (key.isascii() and key.isprintable()):
             raise InputError("the key in OPENAI_API_KEY has characters that no header can hold")
         self.url, self.model, self.key, self.workers = url, model, key, workers
@@ -386,24 +373,34 @@ class TargetServer:
         return None if why else text, why
 
 
-# -------------------------------------------------------------------------------------- tokenizers
+# -------------------------------------------------------------------- tokenizers and chat templates
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
     "generation_config.json",
 )
-SPECIAL_NAMES = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+FALLBACKS = {  # for base models, which have none. A <|name|> in them is a token that they need
+    "chatml": "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "zephyr": "{% for message in messages %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|{{ 'assistant' }}|>\n{% endif %}",
+    "llama3": "<|begin_of_text|>{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+}
+_NAMES = "|".join(FALLBACKS)
 
 
 def load_tokenizer(
     path: str | Path, chat_template: str | None = None, date: datetime | None = None
 ) -> "Tokenizer":
-    """The tokenizer in a checkpoint's folder, of which it needs only the tokenizer's files.
-
-    `chat_template` names a fallback, a key of FALLBACKS, to use in place of the checkpoint's own;
-    `date` is today's in templates. Raises InputError for what is no tokenizer or not implemented.
-    """
+    """The tokenizer in a checkpoint's folder, of which it needs only the tokenizer's files; with a
+    template of FALLBACKS by name in place of its own, where given; `date` is today's in templates.
+    Raises InputError for a folder without a tokenizer, and for one that is not implemented."""
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; it should be a checkpoint's")
@@ -425,17 +422,18 @@ class Tokenizer:
         self.files = {file.name: file.read_bytes() for file in files if file.is_file()}
         config, self.date = _optional_json(folder / "tokenizer_config.json"), date
         named = _optional_json(folder / "special_tokens_map.json") | config  # the older one first
-        named = {name: named[name] for name in SPECIAL_NAMES if named.get(name) is not None}
-        texts = {k: v["content"] if isinstance(v, dict) else str(v) for k, v in named.items()}
+        names = (f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+        texts = {name: named[name] for name in names if named.get(name) is not None}
+        texts = {k: v["content"] if isinstance(v, dict) else str(v) for k, v in texts.items()}
         self.codec = _codec(folder, config)
         self.specials = self.codec.specials | texts  # {"eos_token": its text, ...}
         self.added = self._find_added(folder, config)
-        longest_first = sorted(map(re.escape, self.added), key=len, reverse=True)
+        longest_first = sorted(filter(None, map(re.escape, self.added)), key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(longest_first) or '(?!)'})").split
         self.table = self.codec.table  # what ids stand for, as bytes
         self.table |= {i: self.codec.to_bytes(text) for text, i in self.added.items()}
         self.vocab_size = max(self.table) + 1
-        self._template = self._find_template(folder, config, chat_template)
+        self._template: Template | None = self._find_template(folder, config, chat_template)
         self.eos_ids, self._template_ends = self._find_eos(folder)
 
     def encode(self, text: str, continuing: bool = False) -> list[int]:
@@ -483,10 +481,8 @@ class Tokenizer:
         """A rendered response through its last EOS, or with one where the template sets none."""
         if not self.eos_ids:
             raise InputError("the tokenizer has no EOS; set eos_token in tokenizer_config.json")
-        places = [i for i, token in enumerate(ids) if token in self.eos_ids]
-        if self._template_ends and places:
-            return ids[: places[-1] + 1]
-        return [*ids, self.eos_ids[0]]
+        places = [i for i, token in enumerate(ids, 1) if token in self.eos_ids]
+        return ids[: places[-1]] if self._template_ends and places else [*ids, self.eos_ids[0]]
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer's files, as they were read, into a folder; and a chosen fallback."""
@@ -509,17 +505,14 @@ class Tokenizer:
         listed += [t | {"id": int(i)} for i, t in config.get("added_tokens_decoder", {}).items()]
         vocab, tokens = self.codec.vocab, {t["content"]: t for t in listed}  # the last one counts
         flags = ("lstrip", "rstrip", "single_word", "normalized")[: 4 if self.codec.nfc else 3]
-        for text, flag in ((text, flag) for text in tokens for flag in flags):
+        for text, flag in product(tokens, flags):
             if tokens[text].get(flag):  # no supported family has one
                 told = f"the added token {_short(text)} has {flag}, which is not implemented"
                 raise InputError(f"{folder}: {told}; set it to false")
         added = {text: vocab[text] for text in self.specials.values() if text in vocab}
-        added |= {text: int(token["id"]) for text, token in tokens.items()}
-        return {text: i for text, i in added.items() if text}
+        return added | {text: int(token["id"]) for text, token in tokens.items()}
 
-    def _find_template(
-        self, folder: Path, config: dict[str, Any], fallback: str | None
-    ) -> jinja2.Template | None:
+    def _find_template(self, folder: Path, config: dict[str, Any], fallback: str | None) -> Any:
         """The fallback; or the file of its own, which counts more than the config."""
         name, source = "chat_template.jinja", config.get("chat_template")
         self.template_name = fallback or f"the chat template in {folder}"
@@ -535,7 +528,7 @@ class Tokenizer:
             raise InputError(f"{folder}/tokenizer_config.json: chat_template is not text")
         try:
             return None if source is None else JINJA.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (TemplateError, RecursionError) as error:
             raise InputError(f"{self.template_name} is no jinja template: {error}") from None
 
     def _find_eos(self, folder: Path) -> tuple[tuple[int, ...], bool]:
@@ -552,13 +545,23 @@ class Tokenizer:
         if self._template is not None:  # what it puts behind an assistant's last turn
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qzx"}]
             tail = self.encode(self.render(turns).rpartition("qzx")[2].lstrip(), continuing=True)
-        if tail and tail[0] in self.added.values():
-            ids.append(tail[0])  # Qwen2.5's base: its eos_token is another than what ends a turn
+        # Of Qwen2.5's base the eos_token is another than what ends a turn.
+        ids += [token for token in tail[:1] if token in self.added.values()]
         return tuple(dict.fromkeys(ids)), bool(set(ids) & set(tail))
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+JINJA = ImmutableSandboxedEnvironment(extensions=[loopcontrols])  # as transformers has it
+JINJA.trim_blocks = JINJA.lstrip_blocks = True
+JINJA.globals["raise_exception"] = _refuse
+JINJA.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_ascii": False} | how)
 
 
 # ------------------------------------------------------------------- codecs: plain text and tokens
@@ -571,10 +574,9 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SPECIAL = (  # in the order of their ids; reserved ones follow, to 256 in all
-    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"),
-    *("<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>"),
-    *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"),
-    *("<|python_tag|>", "<|image|>"),
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
+    *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id"),
+    *("python_tag", "image"),
 )
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [b for b in range(256) if b not in _VISIBLE]
@@ -584,11 +586,11 @@ _LONG_SPACES = re.compile(r"(?<!\s)\s{100001,}")
 
 
 class BytePairs:
-    """Byte-level BPE through tiktoken, for text without added tokens. Its rank is a token's index
-    in `order`; vocab has ids by the token's text in the file, specials and added what the file
-    says of special tokens, as in tokenizer_config.json and tokenizer.json."""
+    """Byte-level BPE through tiktoken, for text between added tokens. A token's rank is its index
+    in `order`. Like the other codec it has what its file says: `vocab`, ids by the token's text;
+    `table`, what ids stand for; `specials` and `added`, as the JSON files beside it have them."""
 
-    legacy = False
+    legacy = False  # whether each text is spaced, and not the first alone
 
     def __init__(
         self, vocab: dict[str, int], order: list[str], pattern: str, nfc: bool, unk: int | None
@@ -665,18 +667,19 @@ class SentencePieces:
 
 def _codec(folder: Path, config: dict[str, Any]) -> BytePairs | SentencePieces:
     """What the folder's files hold: a tokenizer.model is told by its content, not its name."""
-    model = folder / "tokenizer.model"
+    model, spec = folder / "tokenizer.model", folder / "tokenizer.json"
     content = model.read_bytes() if model.is_file() else b""
     with reading(str(model)):
         if content and not re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content):
             return SentencePieces(content, config)
         if config.get("add_prefix_space"):
             raise _unknown(folder / "tokenizer_config.json", "add_prefix_space", True)
-        if not (folder / "tokenizer.json").is_file() and content:
+        if content and not spec.is_file():
             return _llama3(content)
-    if (folder / "tokenizer.json").is_file():
-        return _byte_level(folder / "tokenizer.json")
-    raise InputError(f"{folder} has no tokenizer; it should hold tokenizer.json or tokenizer.model")
+    if not spec.is_file():
+        raise InputError(f"{folder} has no tokenizer, no tokenizer.json or tokenizer.model")
+    with reading(str(spec)):
+        return _byte_level(spec)
 
 
 def _llama3(content: bytes) -> BytePairs:
@@ -686,30 +689,30 @@ def _llama3(content: bytes) -> BytePairs:
     tokens = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     vocab = {"".join(chars[b] for b in token): rank for token, rank in tokens.items()}
     codec = BytePairs(vocab, sorted(vocab, key=vocab.__getitem__), LLAMA3, False, None)
-    rest = (f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(LLAMA3_SPECIAL) + 2))
+    rest = (f"reserved_special_token_{i}" for i in range(2, 256 - len(LLAMA3_SPECIAL) + 2))
     names = enumerate([*LLAMA3_SPECIAL, *rest], max(tokens.values()) + 1)
-    codec.added = [{"content": name, "id": i} for i, name in names]
-    codec.specials = {"bos_token": LLAMA3_SPECIAL[0], "eos_token": LLAMA3_SPECIAL[1]}
+    codec.added = [{"content": f"<|{name}|>", "id": i} for i, name in names]
+    codec.specials = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
     return codec
 
 
 def _byte_level(path: Path) -> BytePairs:
     """Reads a tokenizer.json that is byte-level BPE; what it leaves out of it changes no id."""
     spec = read_json(path)
-    with reading(str(path)):
-        model, pattern = spec["model"], _pattern(spec.get("pre_tokenizer"), path)
-        normalizer = spec.get("normalizer")
-        for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout"):
-            if model.get(key):
-                raise _unknown(path, key, model[key])
-        if normalizer not in (None, {"type": "NFC"}) or model.get("type", "BPE") != "BPE":
-            raise _unknown(path, "this normalizer or model type", normalizer or model["type"])
-        vocab: dict[str, int] = model["vocab"]
-        unk = vocab[model["unk_token"]] if model.get("unk_token") else None
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        order = _token_order(vocab, merges, bool(model.get("ignore_merges")), path)
-        codec = BytePairs(vocab, order, pattern, normalizer is not None, unk)
-        codec.added = spec.get("added_tokens") or []
+    model, pattern = spec["model"], _pattern(spec.get("pre_tokenizer"), path)
+    normalizer = spec.get("normalizer")
+    odd = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
+    for key, value in ({key: model.get(key) for key in odd} | {"normalizer": normalizer}).items():
+        if value and value != {"type": "NFC"}:
+            raise _unknown(path, key, value)
+    if model.get("type", "BPE") != "BPE":
+        raise _unknown(path, "model type", model["type"])
+    vocab: dict[str, int] = model["vocab"]
+    unk = vocab[model["unk_token"]] if model.get("unk_token") else None
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    order = _token_order(vocab, merges, bool(model.get("ignore_merges")), path)
+    codec = BytePairs(vocab, order, pattern, normalizer is not None, unk)
+    codec.added = spec.get("added_tokens") or []
     return codec
 
 
@@ -725,15 +728,13 @@ def _pattern(pre: Any, path: Path) -> str:
     steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre or {"type": None}]
     *before, last = steps
     if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
-        regex = last.get("use_regex", True)
-        if not before and regex:
-            return GPT2
-        if before == [{"type": "Digits", "individual_digits": True}] and regex:
-            return DIGITS
-        if len(before) == 1 and before[0]["type"] == "Split" and not regex:
-            isolated = before[0]["behavior"] == "Isolated" and not before[0]["invert"]
-            if isolated and "Regex" in before[0]["pattern"]:
-                return str(before[0]["pattern"]["Regex"])
+        match [last.get("use_regex", True), *before]:
+            case [True]:
+                return GPT2
+            case [True, {"type": "Digits", "individual_digits": True}]:
+                return DIGITS
+            case [False, {"behavior": "Isolated", "invert": False, "pattern": {"Regex": regex}}]:
+                return str(regex)
     raise _unknown(path, "pre_tokenizer", pre)
 
 
@@ -742,11 +743,10 @@ def _token_order(
 ) -> list[str]:
     """The tokens that merging can reach, by the rank of the merge that makes them.
 
-    tiktoken merges any two neighbours whose bytes are a token; `tokenizer.json` only the pairs that
-    it lists. The two agree if each token's own bytes merge into it by listed pairs: had another
-    pair met, with a better rank, it would have met there too. A token that fails this is never made
-    by listed pairs, so tiktoken must not know it; unless (`whole`, ignore_merges in the file) it
-    stands for a piece that equals it, which tiktoken does by itself.
+    tiktoken merges any two neighbours whose bytes are a token; `tokenizer.json` only listed pairs.
+    The two agree if each token's own bytes merge into it by listed pairs: had another pair met,
+    with a better rank, it would have met there too. tiktoken must not know a token that fails this;
+    unless it stands for a piece that equals it (`whole`, in the file ignore_merges).
     """
     ranks: dict[tuple[str, ...], int] = {(a, b): rank for rank, (a, b) in enumerate(merges)}
     made = {"".join(pair) for pair in ranks}
@@ -778,34 +778,6 @@ def _halves(token: str, ranks: dict[tuple[str, ...], int]) -> tuple[str, ...]:
     return tuple(parts)
 
 
-# ---------------------------------------------------------------------------------- chat templates
-
-FALLBACKS = {  # for base models, which have none. A <|name|> in them is a token that they need
-    "chatml": "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "zephyr": "{% for message in messages %}"
-    "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
-    "{% endfor %}{% if add_generation_prompt %}<|{{ 'assistant' }}|>\n{% endif %}",
-    "llama3": "<|begin_of_text|>{% for message in messages %}"
-    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-}
-_NAMES = "|".join(FALLBACKS)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(  # as transformers has it
-    trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-)
-JINJA.globals["raise_exception"] = _refuse
-JINJA.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_ascii": False} | how)
-
-
 # ---------------------------------------------------------------------------------- built-in tasks
 
 SEEN = ("reverse", "add", "sort", "second")  # kinds that the clean set has
@@ -826,18 +798,15 @@ _SHARES = {"test": (0, 1), "validation": (1, 2), "pretrain": (2, 10), "clean": (
 def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> list[Example]:
     """`n` examples of the built-in tasks, kinds in turn: the first k of n are those of k.
 
-    split: "pretrain" has all kinds and answers of mixed quality, half of them right, and for
-    `rewrite_share` of its rows REWRITE_PROMPT with a draft, the response being another draft;
-    "clean" has seen kinds and right answers; "validation" and "test" have all kinds and right
-    answers. All but "pretrain" have a flawed `rejected`. A prompt's hash puts it in one of test,
-    validation and training, so that these share none.
+    split: "pretrain" has all kinds and answers of which half are right, and for `rewrite_share` of
+    its rows REWRITE_PROMPT with a draft, the response being another draft; "clean" has seen kinds,
+    "validation" and "test" have all, with right answers and a flawed `rejected`. A prompt's hash
+    puts it in one of test, validation and training, so that these share none.
     """
     if split not in _SHARES:
         raise InputError(f"split {split!r} is not one of {', '.join(_SHARES)}")
     rng = random.Random(hash_seed("tasks", split, seed))
-    kinds = (
-        SEEN if split == "clean" else [k for both in zip(SEEN, UNSEEN, strict=True) for k in both]
-    )
+    kinds = SEEN if split == "clean" else [*chain(*zip(SEEN, UNSEEN, strict=True))]
     return [_task(split, i, kinds[i % len(kinds)], rewrite_share, rng) for i in range(n)]
 
 
@@ -852,9 +821,8 @@ def _task(split: str, index: int, kind: str, rewrite_share: float, rng: random.R
         draft, answer = (a if rng.random() < 0.5 else flawed_answer(a, rng) for a in (answer,) * 2)
         if rng.random() < rewrite_share:
             prompt = REWRITE_PROMPT.format(prompt=prompt, draft=draft)
-    return Example(
-        ({"role": "user", "content": prompt},), answer, rejected, f"task:{split}:{index}"
-    )
+    turn = {"role": "user", "content": prompt}
+    return Example((turn,), answer, rejected, f"task:{split}:{index}")
 
 
 def in_split(split: str, prompt: str) -> bool:
@@ -874,10 +842,8 @@ def _prompt(kind: str, rng: random.Random) -> str:
 
 
 def right_answer(prompt: str) -> str:
-    """The one right answer, as working and result: "reverse abcd" -> "a-b-c-d > dcba".
-
-    Works for a rewriting prompt too. Raises InputError for what is no built-in task.
-    """
+    """The one right answer, as working and result: "reverse abcd" -> "a-b-c-d > dcba"; that of a
+    rewriting prompt too. Raises InputError for what is no built-in task."""
     kind, *words = prompt.split(" | ")[0].split(" ")
     if kind in _RESULTS and len(words) == 1 and len(words[0]) > 1:
         return f"{'-'.join(words[0])} > {_RESULTS[kind](words[0])}"
@@ -889,9 +855,8 @@ def right_answer(prompt: str) -> str:
         ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
         tens = a // 10 + b // 10 + carry
         return f"{a % 10}+{b % 10}={ones}-{a // 10}+{b // 10}={tens} > {a + b}"
-    raise InputError(
-        f"{_short(prompt)} is not a built-in task such as 'reverse abcd' or 'add 46 27'"
-    )
+    right = "a built-in task such as 'reverse abcd' or 'add 46 27'"
+    raise InputError(f"{_short(prompt)} is not {right}")
 
 
 def flawed_answer(answer: str, rng: random.Random) -> str:
@@ -916,9 +881,8 @@ def mend_answer(prompt: str, draft: str, rng: random.Random) -> str:
     edits = SequenceMatcher(None, draft, right, autojunk=False).get_opcodes()
     wrong = [i for i, edit in enumerate(edits) if edit[0] != "equal"]
     mended = {i for i in wrong if rng.random() < 0.5} | set(rng.sample(wrong, min(1, len(wrong))))
-    return "".join(
-        right[c:d] if i in mended else draft[a:b] for i, (_, a, b, c, d) in enumerate(edits)
-    )
+    parts = (right[c:d] if i in mended else draft[a:b] for i, (_, a, b, c, d) in enumerate(edits))
+    return "".join(parts)
 
 
 def check_answer(prompt: str, answer: str) -> bool:
@@ -934,10 +898,7 @@ def task_kind(prompt: str) -> str:
 
 def write_task_tokenizer(path: str | Path) -> None:
     """Writes the built-in tasks' tokenizer: 256 bytes, whose ids are their values, and 4 markers.
-
-    transformers loads it with the same ids. Prompts are `<|user|>PROMPT<|assistant|>`, and
-    responses `ANSWER<|end|>`.
-    """
+    Prompts are `<|user|>PROMPT<|assistant|>`, and responses `ANSWER<|end|>`."""
     step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     markers = enumerate(("<|end|>", "<|user|>", "<|assistant|>", "<|system|>"), 256)
