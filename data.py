@@ -187,9 +187,9 @@ def load_targets(path: str | Path) -> list[Target]:
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     """("file:line", value) of JSON lines, ("file, row n", value) of a JSON list; one at least."""
-    where, empty = str(path), True
+    where, empty = str(path := Path(path)), True
     try:
-        content = Path(path).read_bytes()
+        content = path.read_bytes()
         whole = re.match(rb"(\xef\xbb\xbf)?\s*\[", content) is not None
         for number, line in enumerate([content] if whole else content.split(b"\n"), 1):
             if line.strip():
@@ -200,9 +200,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
                     empty = False
     except (OSError, ValueError, RecursionError) as error:
         told = getattr(error, "strerror", str(error).replace(": line 1 column", " at column"))
-        raise InputError(f"{where} cannot be read as JSON: {told}") from None
+        raise InputError(f"{where}: no data file in JSON: {told}") from None
     if empty:
-        raise InputError(f"no rows in {path}: give at least one")
+        raise InputError(f"{path}: no rows; give at least one")
 
 
 def _example(row: Any, where: str, rejected: bool | None, prompts: bool) -> Example:

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
+
+Count = Annotated[int, 1, 10**9]
+Whole = Annotated[int, 0, 10**9]
+Positive = Annotated[float, 1e-30, 1e6]
+Weight = Annotated[float, 0.0, 1e6]
+Share = Annotated[float, 0.0, 1.0]
 
 
 class InputError(ValueError):

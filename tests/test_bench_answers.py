@@ -1,4 +1,4 @@
-"""sample.py: a benchmark's own questions in, what its judge reads out."""
+"""tests/bench/answers.py: a benchmark's own questions in, what its judge reads out."""
 
 import json
 import re
@@ -7,10 +7,12 @@ from typing import Any
 
 import pandas
 import pytest
-from helpers import GOLDEN
+from helpers import GOLDEN, script
 
 import data
 import sample
+
+answers = script("answers")
 
 ALPACA = [  # as in tatsu-lab/alpaca_eval's alpaca_eval.json
     {"dataset": "koala", "instruction": "reverse abc", "output": "cba", "generator": "davinci"},
@@ -40,14 +42,14 @@ MODEL = ["--model", str(GOLDEN / "start"), "--max-new-tokens", "12"]
 
 
 def ask(folder: Path, name: str, *flags: str, rows: list[Any] | None = None) -> tuple[int, Path]:
-    """sample.py's exit status on a benchmark's questions, and the file of a model, mine-1.5."""
+    """answers.py's exit status on a benchmark's questions, and the file of a model, mine-1.5."""
     questions, suffix = folder / "question.jsonl", "json" if name == "alpaca_eval" else "jsonl"
     rows = ROWS[name] if rows is None else rows
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     questions.write_text("\n".join(lines) if name != "alpaca_eval" else json.dumps(rows, indent=2))
     out = folder / f"mine-1.5.{suffix}"
     told = ["--prompts", str(questions), "--out", str(out), "--format", name]
-    return sample.main([*MODEL, *told, *flags]), out
+    return answers.main([*MODEL, *told, *flags]), out
 
 
 def lines_by(key: str, file: Path) -> dict[Any, dict[str, Any]]:
@@ -149,22 +151,22 @@ def test_two_turns_are_what_one_gets_by_asking_twice(tmp_path: Path) -> None:
     turns = lines_by("question_id", out)[111]["choices"][0]["turns"]
     said = [("user", "add 57 39"), ("assistant", turns[0]), ("user", "add 1 1")]
     rows = [{"prompt": "add 57 39"}, {"prompt": [{"role": r, "content": c} for r, c in said]}]
-    plain, answers = tmp_path / "plain.jsonl", tmp_path / "answers.jsonl"
+    plain, written = tmp_path / "plain.jsonl", tmp_path / "answers.jsonl"
     plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = ["--prompts", str(plain), "--out", str(answers), "--temperature", "0"]
+    told = ["--prompts", str(plain), "--out", str(written), "--temperature", "0"]
     assert sample.main([*MODEL, *told]) == 0
-    found = [json.loads(line)["response"].strip() for line in answers.read_text().splitlines()]
+    found = [json.loads(line)["response"].strip() for line in written.read_text().splitlines()]
     assert found == turns
 
 
 def test_a_benchmark_gets_the_last_of_the_improvements(tmp_path: Path) -> None:
     status, out = ask(tmp_path, "alpaca_eval", "--improve", "1", "--temperature", "0")
     assert status == 0
-    plain, answers = tmp_path / "plain.jsonl", tmp_path / "answers.jsonl"
+    plain, written = tmp_path / "plain.jsonl", tmp_path / "answers.jsonl"
     plain.write_text("".join(json.dumps({"prompt": r["instruction"]}) + "\n" for r in ALPACA))
-    told = ["--prompts", str(plain), "--out", str(answers), "--temperature", "0", "--improve", "1"]
+    told = ["--prompts", str(plain), "--out", str(written), "--temperature", "0", "--improve", "1"]
     assert sample.main([*MODEL, *told]) == 0
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
     assert [row["output"] for row in json.loads(out.read_text())] == [
         row["response"].strip() for row in rows
     ]
@@ -186,7 +188,7 @@ OLD_ARENA = {"question_id": "1f", "turns": [{"content": "add 1 2"}], "category":
         ("mt_bench", {"question_id": 1, "category": "math", "turns": []}, "'turns'"),
         ("mt_bench", {"question_id": 1, "category": "math", "turns": ["a", 2]}, "'turns'"),
         ("mt_bench", {"question_id": 1, "category": "math", "turns": ["a", ""]}, "'turns'"),
-        ("mt_bench", None, "empty"),
+        ("mt_bench", None, "no rows"),
     ],
 )
 def test_bad_questions_are_one_line_and_leave_nothing(
@@ -195,7 +197,7 @@ def test_bad_questions_are_one_line_and_leave_nothing(
     rows = [] if row is None else [ROWS[name][0], row]
     assert ask(tmp_path, name, rows=rows)[0] == 2
     shown = capsys.readouterr().err
-    place = re.escape(str(tmp_path / "question.jsonl")) + (r":\d+: " if rows else " ")
+    place = re.escape(str(tmp_path / "question.jsonl")) + r"(:\d+|, row \d+)?: "
     assert re.fullmatch(rf"error: {place}.*\n", shown), shown
     assert named in shown
     assert [path.name for path in tmp_path.iterdir()] == ["question.jsonl"]
@@ -205,6 +207,7 @@ def test_bad_questions_are_one_line_and_leave_nothing(
     ("flags", "named"),
     [
         (["--prompt", "a", "--format", "mt_bench"], "--prompts"),
+        (["--prompts", "q", "--out", "a.jsonl"], "--format"),
         (["--prompts", "q", "--format", "mt_bench"], "NAME.jsonl"),
         (["--prompts", "q", "--out", "a.json", "--format", "arena_hard"], "NAME.jsonl"),
         (["--prompts", "q", "--out", "a.jsonl", "--format", "alpaca_eval"], "NAME.json,"),
@@ -215,7 +218,7 @@ def test_bad_questions_are_one_line_and_leave_nothing(
 def test_flags_that_no_judge_could_read_from_are_one_line(
     flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sample.main([*MODEL, *flags]) == 2
+    assert answers.main([*MODEL, *flags]) == 2
     shown = capsys.readouterr().err
     assert re.fullmatch(r"error: .*\n", shown)
     assert named in shown
@@ -226,6 +229,5 @@ def test_a_missing_folder_for_the_answers_is_named(
 ) -> None:
     out = tmp_path / "none" / "a.jsonl"
     assert ask(tmp_path, "mt_bench", "--out", str(out))[0] == 2
-    said = f"error: --out {out}: there is no folder {out.parent}\n"
-    assert capsys.readouterr().err == said
+    assert re.fullmatch(f"error: .*{re.escape(str(out))}.*\n", capsys.readouterr().err)
     assert not out.parent.exists()
