@@ -14,14 +14,9 @@ import sample
 
 answers = script("answers")
 
-ALPACA = [  # as in tatsu-lab/alpaca_eval's alpaca_eval.json
+ALPACA: list[dict[str, Any]] = [  # as in tatsu-lab/alpaca_eval's alpaca_eval.json
     {"dataset": "koala", "instruction": "reverse abc", "output": "cba", "generator": "davinci"},
-    {
-        "dataset": "oasst",
-        "instruction": "sort cab\nplease",
-        "output": "abc",
-        "generator": "davinci",
-    },
+    {"dataset": "oasst", "instruction": "sort cab\nplease", "output": "abc", "generator": "old"},
 ]
 ARENA = [  # as in lmarena/arena-hard-auto's data/arena-hard-v2.0/question.jsonl
     {"uid": "0001b527ced3428d", "category": "hard_prompt", "subcategory": "c", "prompt": "add 1 2"},
@@ -29,12 +24,7 @@ ARENA = [  # as in lmarena/arena-hard-auto's data/arena-hard-v2.0/question.jsonl
 ]
 MT_BENCH = [  # as in lm-sys/FastChat's fastchat/llm_judge/data/mt_bench/question.jsonl
     {"question_id": 81, "category": "writing", "turns": ["reverse abc", "sort cab"]},
-    {
-        "question_id": 111,
-        "category": "math",
-        "turns": ["add 57 39", "add 1 1"],
-        "reference": ["96"],
-    },
+    {"question_id": 111, "category": "math", "turns": ["add 57 39", "add 1 1"], "reference": ["9"]},
     {"question_id": 131, "category": "other", "turns": ["sort ba"]},
 ]
 ROWS = {"alpaca_eval": ALPACA, "arena_hard": ARENA, "mt_bench": MT_BENCH}

@@ -40,10 +40,8 @@ TEXTS = [
     "<s>Hi</s> [INST] <unk> <0x0A> <pad> </s>\n",
     "\x00\x01\x7f\x80\u0378\U000e0001\U0010fffd",
 ]
-USER, ASSISTANT = (
-    {"role": "user", "content": "Hi there\n"},
-    {"role": "assistant", "content": "Yes"},
-)
+USER = {"role": "user", "content": "Hi there\n"}
+ASSISTANT = {"role": "assistant", "content": "Yes"}
 CHATS: list[list[dict[str, str]]] = [
     [USER],
     [{"role": "system", "content": "Be brief."}, USER],
@@ -92,9 +90,8 @@ def fuzz(n: int, extra: list[str], seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     odd = list(" \n\t\r\u00a0\u3000\x0b\x0c\x85\u2028\u200b\x1f\x1cab1.'!")
     # NFC changes with Unicode's version, so marks are drawn from what is old: below U+07C0.
-    every = [
-        c for c in map(chr, range(0x20000)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")
-    ]
+    kinds = ("Cn", "Cs", "Co")
+    every = [c for c in map(chr, range(0x20000)) if unicodedata.category(c) not in kinds]
     every = [c for c in every if ord(c) < 0x7C0 or not unicodedata.combining(c)]
     ascii_ = [chr(i) for i in range(32, 127)]
     pools = [every, ascii_, odd, extra, list("abcdefghijklmnopqrstuvwxyz '")]
@@ -183,15 +180,8 @@ def test_sentencepiece_equals_the_makers_library_and_transformers(legacy: bool) 
 def test_a_sentencepiece_model_without_a_prefix_space() -> None:
     folder = made.mistral_dir(False, prefix=False)
     mine, other = ours(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    for text in (
-        "Hello you",
-        " Hello",
-        "\n",
-        "<s>a</s> b<unk>",
-        "é🙂",
-        made.CORPUS[0],
-        made.CORPUS[3],
-    ):
+    texts = ["Hello you", " Hello", "\n", "<s>a</s> b<unk>", "é🙂", made.CORPUS[0], made.CORPUS[3]]
+    for text in texts:
         ids = other.encode(text, add_special_tokens=False)
         assert mine.encode(text) == ids, text
         assert mine.decode(ids) == other.decode(ids)
@@ -215,18 +205,6 @@ def test_sentencepiece_added_tokens(tmp_path: Path) -> None:
     assert mine.encode("<|im_start|>\n") == [32001, 13]
     assert mine.eos_ids == (2, 32000)
     assert mine.vocab_size == 32002
-
-
-def test_tokens_that_only_unlisted_merges_make_are_never_made(tmp_path: Path) -> None:
-    # The merges make "ab" + "c" first, so "a" + "bc", which is listed, never meets; tiktoken alone
-    # would join "ab" + "c" to the token "abc".
-    vocab = dict(data.ALPHABET) | {"ab": 256, "bc": 257, "abc": 258, "abcd": 259}
-    merges = [["a", "b"], ["b", "c"], ["a", "bc"], ["abc", "d"]]
-    write_bpe(tmp_path, vocab, merges)
-    mine = data.load_tokenizer(tmp_path)
-    for text in ("abc", "abcd", "xabcx", "bcabc", "aabc"):
-        assert mine.encode(text) == theirs_of(tmp_path).encode(text, add_special_tokens=False)
-    assert mine.encode("abcd") == [256, 99, 100]
 
 
 def test_random_merge_lists_equal_transformers(tmp_path: Path) -> None:
@@ -277,17 +255,13 @@ def test_added_tokens_with_flags_that_change_ids_are_refused_by_name(
                 data.load_tokenizer(tmp_path)
 
 
-def test_lone_surrogates_become_replacement_characters() -> None:
+def test_odd_text_and_ids_without_a_token() -> None:
     for folder in (made.qwen_dir(), made.mistral_dir(False)):
         tokenizer = ours(folder)
         assert tokenizer.decode(tokenizer.encode("a\ud83dz \udc00")) == "a\ufffdz \ufffd"
-
-
-def test_ids_without_a_token() -> None:
-    tokenizer = ours(made.qwen_dir())
-    assert tokenizer.decode([10**6, *tokenizer.encode("a")]) == "a"
-    with pytest.raises(InputError, match="negative"):
-        tokenizer.decode([-1])
+        assert tokenizer.decode([10**6, *tokenizer.encode("a")]) == "a"
+        with pytest.raises(InputError, match="negative"):
+            tokenizer.decode([-1])
 
 
 # ------------------------------------------------------------------------------------- templates
@@ -314,10 +288,7 @@ def with_template(
     ("source", "template"),
     [
         (made.qwen_dir, QWEN),
-        (
-            made.qwen_dir,
-            [{"name": "other", "template": "x"}, {"name": "default", "template": QWEN}],
-        ),
+        (made.qwen_dir, [{"name": "a", "template": "x"}, {"name": "default", "template": QWEN}]),
         (made.llama3_markers_dir, LLAMA3),
         (made.llama3_markers_dir, data.FALLBACKS["llama3"]),
         (lambda: made.mistral_dir(False), MISTRAL),
@@ -335,9 +306,8 @@ def test_templates_render_as_in_transformers(
     for chat in CHATS:
         for flag in (False, True):
             options = {"add_generation_prompt": flag}
-            assert mine.render(chat, flag) == other.apply_chat_template(
-                chat, tokenize=False, **options
-            )
+            text = other.apply_chat_template(chat, tokenize=False, **options)
+            assert mine.render(chat, flag) == text
             ids = other.apply_chat_template(chat, return_dict=False, **options)
             assert mine.apply_chat_template(chat, flag) == ids
 
@@ -486,9 +456,8 @@ def test_eos_is_added_where_the_template_has_none(tmp_path: Path) -> None:
 def test_rows_are_dropped_by_prompt_and_cut_by_length(tmp_path: Path) -> None:
     tokenizer = data.load_tokenizer(with_template(made.qwen_dir(), tmp_path, CHATML))
     turns = [{"role": "user", "content": "a " * n} for n in (1, 50, 3)]
-    rows = [
-        example("b " * n, turn, rejected="c") for n, turn in zip((1, 1, 99), turns, strict=True)
-    ]
+    sizes = zip((1, 1, 99), turns, strict=True)
+    rows = [example("b " * n, turn, rejected="c") for n, turn in sizes]
     prompts = [len(tokenizer.apply_chat_template([turn], True)) for turn in turns]
     limit = prompts[2] + 1
     kept, pairs, counts = data.encode_examples(rows, tokenizer, 40, limit)
@@ -570,14 +539,10 @@ def test_row_formats(
     assert data.load_examples([file, file]) == expected * 2
 
 
-def test_unread_rejected_sides_may_be_anything(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "q", "chosen": "good", "rejected": 5}')
-    assert data.load_examples(file)[0].rejected is None
-
-
 def test_odd_but_right_files(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "q", "chosen": "good", "rejected": 5}')  # unread, so it may be
+    assert data.load_examples(file)[0].rejected is None
     row = '{"prompt": "a\u2028b", "response": "\\ud800 é"}'
     file.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\n\n")
     assert data.load_examples(file)[0].messages[0]["content"] == "a\u2028b"
@@ -610,13 +575,11 @@ GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
         ("", None, "no rows"),
         (" \n\n", None, "no rows"),
         ("[]", None, "no rows"),
-        (" [\n ]\n", None, "no rows"),
         (b"\xff\xfe{\x00", 1, "utf-8"),
         (f"{GOOD}\n".encode() + b'{"prompt": "\xe9"}', 2, "utf-8"),
         (f"{GOOD}\n{{", 2, "at column 2"),
         (f"{GOOD}\n{GOOD}{GOOD}", 2, "Extra data"),
         (f"[{GOOD}\n{GOOD}]", None, "Expecting ',' delimiter: line 2"),
-        (f"[{GOOD},\n]", None, "no data file"),
         (f"[{GOOD}", None, "Expecting ','"),
         (f"[{GOOD}] x", None, "Extra data"),
         ("[" * 100_000, None, "no data file"),
@@ -628,12 +591,9 @@ GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
         ('{"text": "a"}', 1, "no 'chosen'"),
         ('{"prompt": "q"}', 1, "no 'chosen'"),
         ('{"chosen": "a", "rejected": "b"}', 1, "no user's turn"),
-        ('{"prompt": "", "chosen": "a", "rejected": "b"}', 1, "no user's turn"),
         ('{"prompt": 3, "chosen": "a", "rejected": "b"}', 1, "'prompt' should be text"),
         ('{"prompt": "q", "chosen": NaN, "rejected": "b"}', 1, "'chosen' should be text"),
-        ('{"prompt": "q", "chosen": null, "rejected": "b"}', 1, "'chosen' should be text"),
         ('{"prompt": "q", "chosen": "", "rejected": "b"}', 1, "empty"),
-        ('{"prompt": "q", "chosen": " \\n", "rejected": "b"}', 1, "empty"),
         ('{"prompt": "q", "chosen": "a", "rejected": ""}', 1, "empty"),
         ('{"prompt": "q", "chosen": "a"}', 1, "no 'rejected'"),
         ('{"prompt": "q", "chosen": [], "rejected": "b"}', 1, "should be text or a list"),
@@ -774,9 +734,8 @@ def test_fallbacks_that_a_vocabulary_cannot_spell_are_refused(tmp_path: Path) ->
 
 def test_a_tokenizer_without_eos_encodes_but_ends_no_turn(tmp_path: Path) -> None:
     write_bpe(tmp_path, dict(data.ALPHABET), [])
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
     tokenizer = data.load_tokenizer(tmp_path)
     assert tokenizer.encode("ab") == [97, 98] and tokenizer.eos_ids == ()
     with pytest.raises(InputError, match="has no EOS"):
