@@ -4,9 +4,8 @@ its pairs in colour.
     python sample.py --model OUT/final --prompt "Why is the sky blue?" --improve 3
     python sample.py --model OUT/final --prompts questions.jsonl --out answers.jsonl
 
-`--prompts` reads rows as train.py does, with or without responses. The output holds a row
-{"prompt", "response"} for each, in the same order; with `--improve N` the response is the last of N
-improvements, and "drafts" has what came before.
+`--prompts` reads rows as train.py does; --out gets a row {"prompt", "response"} for each, in order;
+with `--improve N` the response is the last of N improvements, and "drafts" has those before it.
 """
 
 import argparse
@@ -19,14 +18,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 import torch
 
 import data
 import sgpo
-from data import Pair
 from model import Count, InputError, Transformer, Weight, Whole, generate, hash_seed, read_json
 
 IMPROVER_FILE = "improver_prompt.json"  # in a model's folder: how it was asked to improve answers
@@ -63,7 +60,7 @@ def parse_flags(parser: argparse.ArgumentParser, kind: type, argv: Sequence[str]
             hint, default, how = hints[name], getattr(kind, name, None), dict[str, Any]()
             while (origin := get_origin(hint)) not in (None, Literal, Annotated):
                 how |= {"nargs": "+"} if origin is list else {}
-                hint = next(inner for inner in get_args(hint) if inner is not NoneType)
+                hint = next(inner for inner in get_args(hint) if inner is not type(None))
             if origin is Annotated:
                 hint, *spans[name] = get_args(hint)
             brief = "" if default is None or "\n" in str(default) else f" [{default}]"
@@ -87,7 +84,7 @@ def parse_flags(parser: argparse.ArgumentParser, kind: type, argv: Sequence[str]
 
 @dataclass
 class Flags:
-    """Every flag of this command, with its default. The string under a field is its help."""
+    """Whose answers, to what, and how."""
 
     model: str | None = None
     "a Hugging Face folder"
@@ -129,6 +126,7 @@ def parse_args(argv: Sequence[str], kind: type[Flags] = Flags) -> Any:
         "give --prompt TEXT or --prompts FILE, one of the two": said.count(None) != 1,
         "--prompt is empty": flags.prompt is not None and not flags.prompt.strip(),
         "--out goes with --prompts": flags.out is not None and flags.prompts is None,
+        "--out is a folder; it should be a file": Path(flags.out or "file").is_dir(),
         "--improver-instruction goes with --improve": told is not None and not flags.improve,
         "--improver-instruction holds no {answer}": "{answer}" not in (told or "{answer}"),
     }.items():
@@ -157,8 +155,6 @@ def answer(flags: Flags) -> None:
 def whole_file(path: str) -> Iterator[TextIO]:
     """A file: opened at once, for sampling takes long, and renamed when whole."""
     partial = Path(f"{path}.partial")
-    if Path(path).is_dir():
-        raise InputError(f"--out {path} is a folder; it should be a file")
     try:
         with partial.open("w", encoding="utf-8", errors="replace") as file:
             yield file
@@ -251,7 +247,7 @@ PANELS = (  # which keys of metrics.jsonl each has
 )
 
 
-def paint(pair: Pair, decode: Callable[[list[int]], str]) -> str:
+def paint(pair: data.Pair, decode: Callable[[list[int]], str]) -> str:
     """A pair with a cut in terminal colours: A plain, B green, B' red, C blue."""
     assert pair.cut is not None
     start, stop, new_stop, _ = pair.cut
