@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from sapo import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -77,16 +78,15 @@ def torchrun(world: int, flags: Sequence[object]) -> subprocess.CompletedProcess
     )
 
 
-def cut(flags: Sequence[str], here: Callable[[train.Trainer, int], bool]) -> None:
-    """Runs train.py until a step t of a trainer of which `here` is true, and kills it before it."""
-    step = train.Trainer.step
+def cut(flags: Sequence[str], here: Callable[[Source, int], bool]) -> None:
+    """Runs train.py until a step t of a source of which `here` is true, and kills it before it."""
 
-    def killed(self: train.Trainer, t: int) -> dict[str, float]:
-        if here(self, t):
+    def killed(c: Any, learner: Any, source: Source, t: int, real: Any = train.step) -> Any:
+        if here(source, t):
             raise SystemExit
-        return step(self, t)
+        return real(c, learner, source, t)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "step", killed)
+        patch.setattr(train, "step", killed)
         with pytest.raises(SystemExit):
             train.main(flags)
