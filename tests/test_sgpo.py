@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def test_the_loss_of_a_row_is_that_of_transformers_with_the_prompt_masked(
         labels = torch.tensor([[-100] * len(row.prompt) + row.chosen])
         out = model(torch.tensor([row.prompt + row.chosen]), labels=labels)
         total, count = total + out.loss * len(row.chosen), count + len(row.chosen)
-        assert perplexity == pytest.approx(math.exp(out.loss), rel=1e-4)
+        assert perplexity == pytest.approx(math.exp(out.loss.item()), rel=1e-4)
     (total / count).backward()
     assert loss == pytest.approx(float(total.detach()) / count, rel=1e-5)
     named = dict(model.named_parameters())
@@ -326,7 +327,7 @@ def flags(out: Path, *more: object) -> list[str]:
     usual = ["--method", "sgpo", "--model", GOLDEN / "start", "--data", GOLDEN / "rows.jsonl"]
     usual += ["--out", out, "--steps", 3, "--rounds", 2, "--batch-size", 6, "--max-length", 64]
     usual += ["--log-every", 1, "--max-new-tokens", 20, "--improver-epochs", 1, "--save-every", 2]
-    usual += ["--improver-instruction", SHORT, "--lr", "1e-4", "--improver-lr", "1e-4"]
+    usual += ["--improver-instruction", SHORT, "--lr", "3e-5", "--improver-lr", "1e-4"]
     usual += ["--temperature", 1, "--top-k", 0, "--top-p", 1]
     return [str(flag) for flag in (*usual, *more)]
 
@@ -414,6 +415,17 @@ def test_a_given_improver_skips_the_first_phase(whole: Path, tmp_path: Path) -> 
     assert not (out / "improver").exists()
 
 
+def test_a_round_without_pairs_changes_nothing_and_is_told(whole: Path, tmp_path: Path) -> None:
+    """Improvements of one token are all cut at their budget."""
+    more = ("--improver", whole / "improver", "--max-new-tokens", 1, "--log-every", 9)
+    assert train.main(flags(tmp_path / "run", *more)) == 0
+    told = {row["step"]: row for row in metrics(tmp_path / "run")}
+    assert [told[step]["improve/cut"] for step in (1, 4)] == [1, 1]
+    assert all(row["pairs"] == row["grad_norm"] == 0 for row in told.values())
+    a, b = weights(tmp_path / "run"), weights(whole, "improver")
+    assert all(torch.equal(a[key], b[key]) for key in b)
+
+
 def test_targets_from_a_file_and_prompts_without_responses(whole: Path, tmp_path: Path) -> None:
     out, prompts = tmp_path / "run", tmp_path / "prompts.jsonl"
     rows = [{"prompt": "sort dcba"}, {"messages": [user("reverse abc")]},
@@ -469,9 +481,7 @@ def test_bad_flags_give_one_line_and_leave_nothing(
     wrong: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(flags(tmp_path / "run", *wrong)) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
-    assert shown.count("\n") == 1
+    (shown,) = re.findall("^error: .*$", capsys.readouterr().err, re.MULTILINE)
     assert named in shown
     assert not (tmp_path / "run").exists()
 
@@ -562,16 +572,24 @@ def test_an_improver_takes_prompts_alone_and_its_own_instruction(
         assert "improve/pairs" in metrics(out)[0]
 
 
-def test_fewer_rows_on_resume_are_no_traceback(whole: Path, tmp_path: Path) -> None:
-    out, fewer = tmp_path / "run", tmp_path / "rows.jsonl"
-    rows = (GOLDEN / "rows.jsonl").read_text().splitlines(keepends=True)
-    fewer.write_text("".join(rows[:10]))
-    out.mkdir()
-    args = json.loads((whole / "args.json").read_text()) | {"data": [str(fewer)]}
-    (out / "args.json").write_text(json.dumps(args))
-    shutil.copy(whole / "improver_targets.jsonl", out)
-    assert train.main(flags(out, "--resume", "--data", fewer)) == 0
-    assert len((out / "improver_targets.jsonl").read_text().splitlines()) == 10
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("--data", "--data"),
+        ("--preference-data", "prompts"),
+        ("--target-source", "--target-source"),
+    ],
+)
+def test_other_rows_on_resume_are_refused(
+    key: str, named: str, whole: Path, tmp_path: Path, capsys: Any
+) -> None:
+    file, more = tmp_path / "rows.jsonl", (key, tmp_path / "rows.jsonl")
+    known = whole / "improver_targets.jsonl" if "target" in key else GOLDEN / "rows.jsonl"
+    shutil.copy(known, file)
+    cut(flags(tmp_path / "run", *more), lambda _, t: t == 1)
+    file.write_text("".join(known.read_text().splitlines(keepends=True)[:10]))
+    assert train.main(flags(tmp_path / "run", *more, "--resume")) == 2
+    assert f"another {named} than" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -605,11 +623,11 @@ def test_an_instruction_too_long_for_the_length_is_told_before_any_question(
 
 def test_flags_that_an_improver_or_a_file_leaves_idle_are_warned_of(whole: Path, capsys) -> None:
     train.parse_args(flags(Path("x"), "--improver", whole / "improver", "--fence-k", 2))
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "--fence-k" in shown
     assert "--model" in shown
     train.parse_args(["--method", "sgpo", "--target-source", "gold", "--target-workers", "2"])
-    assert "--target-workers" in capsys.readouterr().out
+    assert "--target-workers" in capsys.readouterr().err
 
 
 def test_more_steps_on_resume_stretch_the_rounds_that_have_not_begun(tmp_path: Path) -> None:
