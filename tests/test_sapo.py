@@ -75,14 +75,12 @@ def test_the_official_rule_is_that_of_the_official_code_in_its_own_tokens(
     assert found == (latest - header, content)
 
 
-def test_splice_puts_the_rewrite_in_place_of_the_segment() -> None:
-    assert splice([1, 2, 3, 4, EOS], 1, 3, [7, 8, 6], [EOS]) == [1, 7, 8, 6, 4, EOS]
-    assert splice([1, 2, 3, 4, EOS], 0, 5, [7], [EOS]) == [7]
-
-
-def test_an_eos_in_the_rewrite_ends_the_response() -> None:
-    assert splice([1, 2, 3, 4, EOS], 1, 3, [7, EOS, 6], [EOS]) == [1, 7, EOS]
-    assert splice([1, 2, 3, 4, EOS], 1, 3, [7, 5], [EOS, 5]) == [1, 7, 5]
+def test_splice_puts_the_rewrite_in_place_of_the_segment_and_an_eos_ends_it() -> None:
+    response = [1, 2, 3, 4, EOS]
+    assert splice(response, 1, 3, [7, 8, 6], [EOS]) == [1, 7, 8, 6, 4, EOS]
+    assert splice(response, 0, 5, [7], [EOS]) == [7]
+    assert splice(response, 1, 3, [7, EOS, 6], [EOS]) == [1, 7, EOS]
+    assert splice(response, 1, 3, [7, 5], [EOS, 5]) == [1, 7, 5]
 
 
 def pairs(count: int) -> list[Pair]:
@@ -378,12 +376,13 @@ def logps(seed: int, count: int = 6) -> list[torch.Tensor]:
     return [-20 * torch.rand(count, generator=generator) - 0.01 for _ in range(4)]
 
 
-def test_the_first_loss_is_ln_2_and_rewards_are_zero() -> None:
-    chosen, rejected = logps(0)[:2]
-    losses, good, bad = dpo_loss(chosen, rejected, chosen, rejected)
+def test_the_first_loss_is_ln_2_and_rewards_are_zero_and_carry_no_gradient() -> None:
+    chosen, rejected = (x.requires_grad_() for x in logps(0)[:2])
+    losses, good, bad = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach())
     assert torch.allclose(losses, torch.full((6,), math.log(2)))
     assert torch.equal(good, torch.zeros(6))
     assert torch.equal(bad, torch.zeros(6))
+    assert [x.requires_grad for x in (losses, good, bad)] == [True, False, False]
 
 
 def test_dpo_by_hand() -> None:
@@ -393,14 +392,6 @@ def test_dpo_by_hand() -> None:
     assert losses.item() == pytest.approx(0.5543552)
     assert good.item() == pytest.approx(0.2)
     assert bad.item() == pytest.approx(-0.1)
-
-
-def test_rewards_carry_no_gradient() -> None:
-    args = [x.requires_grad_() for x in logps(1)]
-    losses, good, bad = dpo_loss(*args)
-    assert losses.requires_grad
-    assert not good.requires_grad
-    assert not bad.requires_grad
 
 
 def test_smoothing_is_the_loss_of_both_orders_mixed() -> None:

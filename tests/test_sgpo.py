@@ -472,6 +472,7 @@ def test_improvements_are_shown_and_written(whole: Path, tmp_path: Path, capsys:
         (["--fence-k", "-1"], "--fence-k"),
         (["--rounds", "0"], "--rounds"),
         (["--improver-instruction", "improve {prompt}"], "{answer}"),
+        (["--improver-instruction", "{prompt} {answer} " + "x" * 60], "--improver-instruction"),
         (["--improver", "nowhere"], "nowhere"),
         (["--preference-data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--fence-given", "luck"], "--fence-given"),
@@ -572,16 +573,9 @@ def test_an_improver_takes_prompts_alone_and_its_own_instruction(
         assert "improve/pairs" in metrics(out)[0]
 
 
-@pytest.mark.parametrize(
-    ("key", "named"),
-    [
-        ("--data", "--data"),
-        ("--preference-data", "prompts"),
-        ("--target-source", "--target-source"),
-    ],
-)
+@pytest.mark.parametrize("key", ["--data", "--preference-data", "--target-source"])
 def test_other_rows_on_resume_are_refused(
-    key: str, named: str, whole: Path, tmp_path: Path, capsys: Any
+    key: str, whole: Path, tmp_path: Path, capsys: Any
 ) -> None:
     file, more = tmp_path / "rows.jsonl", (key, tmp_path / "rows.jsonl")
     known = whole / "improver_targets.jsonl" if "target" in key else GOLDEN / "rows.jsonl"
@@ -589,35 +583,21 @@ def test_other_rows_on_resume_are_refused(
     cut(flags(tmp_path / "run", *more), lambda _, t: t == 1)
     file.write_text("".join(known.read_text().splitlines(keepends=True)[:10]))
     assert train.main(flags(tmp_path / "run", *more, "--resume")) == 2
+    named = key.replace("--preference-data", "prompts")
     assert f"another {named} than" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("row", "named"),
-    [
-        ({"messages": [user("a"), {"role": "system", "content": "b"},
-                       {"role": "assistant", "content": "c"}]}, "rows.jsonl:2"),
-        ({"messages": [user("a"), {"role": "assistant", "content": "b"},
-                       {"role": "assistant", "content": "c"}]}, "rows.jsonl:2"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("role", ["system", "assistant"])
 def test_rows_that_could_not_be_used_later_are_named_at_once(
-    row: Any, named: str, tmp_path: Path, capsys: Any
+    role: str, tmp_path: Path, capsys: Any
 ) -> None:
-    rows = _write(tmp_path / "rows.jsonl", [{"prompt": "sort ba", "response": "ab"}, row])
-    assert train.main(flags(tmp_path / "run", "--data", rows)) == 2
+    turns = [user("a"), {"role": role, "content": "b"}, {"role": "assistant", "content": "c"}]
+    rows = [{"prompt": "sort ba", "response": "ab"}, {"messages": turns}]
+    file = _write(tmp_path / "rows.jsonl", rows)
+    assert train.main(flags(tmp_path / "run", "--data", file)) == 2
     shown = capsys.readouterr().err
-    assert named in shown
+    assert "rows.jsonl:2" in shown
     assert shown.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_instruction_too_long_for_the_length_is_told_before_any_question(
-    tmp_path: Path, capsys: Any
-) -> None:
-    more = ("--improver-instruction", "{prompt} {answer} " + "x" * 60)
-    assert train.main(flags(tmp_path / "run", *more)) == 2
-    assert "--improver-instruction" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
