@@ -204,7 +204,7 @@ class Many(int):
 def sharded() -> None:
     """FSDP2, DTensor, checkpointing and (on a GPU) NCCL and compilation, in one process: three
     updates of a policy, beside its EMA and its reference."""
-    store, start = dist.HashStore(), GOLDEN / "start"
+    store, start = dist.TCPStore("127.0.0.1", 0, 1, is_master=True), GOLDEN / "start"
     dist.init_process_group("nccl" if CUDA else "gloo", store=store, rank=0, world_size=1)
     try:
         ranks = train.Ranks()
