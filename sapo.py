@@ -12,42 +12,38 @@ A source makes the pairs that a loss learns from. SAPO's needs only prompts x an
     5. policy: a step on that batch, with the loss                  `dpo_loss`, `orpo_loss`
            -log sigmoid(beta * (log pi(y)/ref(y) - log pi(y-)/ref(y-)))
 
-`SAPO.before_step` is steps 1 to 4, in this order; the trainer does 5. How this differs from the
-paper (P) and from the official code (C):
+`SAPO.before_step` is 1 to 4, in this order; the trainer does 5. How this differs from the paper (P)
+and from the official code (C):
 
     1. P updates the EMA every 2 steps, C every step; ours is C's (`--ema-every`).
     2. C refreshes the reference every 108 steps, its epoch; ours once an epoch of the data at hand.
     3. C keeps a buffer of 2,000 pairs on each rank; ours is one buffer, whatever the ranks.
     4. C counts draws by object identity and loses them on resume; ours are saved with the pairs.
-    5. C masks the attention at every EOS, of the prompt and of the response; ours does not.
-    6. C's NLL (ORPO) counts prompt and padding too; ours counts the response.
-    7. C never cuts the last three tokens of a long response, its template's closers; ours has one
-       such, EOS. C's response begins with the assistant's header, which it scores; ours does not.
-    8. Of a response too long for the room C always cuts the last tokens out; ours draws as ever.
-    9. C computes in bf16, EMA and reference too, on fp32 master weights (DeepSpeed), with AdamW's
+    5. C masks the attention at every EOS, of prompt and response, scores the assistant's header
+       with the response, and counts prompt and padding in ORPO's NLL; ours does none of it.
+    6. C never cuts a long response's last three tokens, its template's closers; ours has one, EOS.
+    7. Of a response too long for the room C always cuts the last tokens out; ours draws as ever.
+    8. C computes in bf16, EMA and reference too, on fp32 master weights (DeepSpeed), with AdamW's
        state in 8 bits for ORPO; ours is fp32, or computes in bf16 (`--precision`, the recipes).
-   10. C most likely does not clip gradients; ours clips them to a norm of 1.
+    9. C most likely does not clip gradients; ours clips them to a norm of 1.
 
 SPIN (arXiv 2401.01335), with whole responses of an opponent that is frozen for an iteration:
 
-   11. The authors' files say a rate of 5e-7, beta 0.1 and 3 epochs; their scripts, which override
-       them, 5e-7, 5e-7, 1e-7, 1e-7, betas of 0.1, 0.1, 0.1, 5.0, and 6 epochs, as our recipe.
-   12. They answer all prompts before an iteration, behind "### Instruction: ..."; ours those of a
+   10. Its scripts override its files' rate, beta and epochs; ours follows the scripts (`RECIPES`).
+   11. It answers all prompts before an iteration, behind "### Instruction: ..."; ours those of a
        step before it, the same pairs, behind the chat template that it trains with.
-   13. They make text of an answer and encode it again, so that one cut at 256 tokens gets an EOS;
-       ours keeps the tokens as they were sampled, and counts those that are cut.
+   12. It encodes an answer's text again, so that one cut at 256 tokens gets an EOS; ours keeps the
+       tokens as they were sampled, and counts those that are cut.
 
 Sources know nothing of files, flags or ranks: a step's pairs are those of the whole global batch,
 and each draw has a random stream of its own, keyed by (seed, purpose, step, index).
 """
 
 import bisect
-import contextlib
-import itertools
 import math
 import random
-from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Protocol
@@ -60,8 +56,7 @@ from data import Cut, Pair, Tokenizer
 from model import Count, Share, Weight, Whole, hash_seed
 
 Request = tuple[list[int], int, int]  # a prompt, the most new tokens, a seed
-# The new tokens, and the sum of their log-probs under the model as it is, unfiltered.
-Answer = tuple[list[int], float]
+Answer = tuple[list[int], float]  # new tokens, and their log-prob under the model, unfiltered
 
 
 class Run(Protocol):
@@ -71,8 +66,8 @@ class Run(Protocol):
     models: dict[str, Any]  # "policy"; "ema" and "reference" where `Source.roles` asks for them
     tokenizer: Tokenizer
 
-    def clock(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        """Times what is within it."""
+    def clock(self, name: str) -> Any:
+        """A context manager: times what is within it."""
 
     def generate(
         self, model: Any, asked: list[Request], temperature: float | None = None, keep: bool = False
@@ -97,17 +92,18 @@ class Source:
         self.rows, self.run = rows, run
         self.bounds = self.schedule(len(rows), run.config)
         self.round = 0  # the stretch between two bounds that has begun
+        self.reference_version = 0  # another one whenever the reference has changed
+        self.pool: dict[int, Pair] = {}  # the stretch's pairs by place, where they are its own
         self.metrics: dict[str, float] = {}
         self.fresh: list[Pair] = []  # the pairs that it made
         self.picked: list[int] = []  # where each pair lies: in the rows, the buffer or the pool
         self.gone: list[Pair] = []  # pairs that cannot come again
         self.made: list[dict[str, Any]] = []  # rows to be written down, as text
-        self.reference_version = 0  # another one whenever the reference has changed
 
     @staticmethod
     def schedule(rows: int, c: Any) -> list[int]:
-        """The steps at which each stretch with a learning rate's schedule and an optimizer state of
-        its own begins (SPIN's iterations, SGPO's rounds), and the last one's end."""
+        """The first steps of the stretches that have a learning rate's schedule and an optimizer
+        state each (SPIN's iterations, SGPO's rounds), and the last one's end."""
         return [0, steps_for(rows, c)]
 
     def stretch(self, t: int) -> tuple[int, int, int]:
@@ -116,8 +112,8 @@ class Source:
         return number, self.bounds[number], self.bounds[number + 1]
 
     def bend(self, old: list[int], done: int) -> None:
-        """Takes up the bounds of a stopped run. Where --steps has changed, what is left is
-        stretched over what is left now: stretches that have begun stay where they are."""
+        """Takes up a stopped run's bounds. Stretches that have begun stay where they are; the
+        others are stretched over the steps that are left, where --steps has changed."""
         ratio = (self.bounds[-1] - done) / max(1, old[-1] - done)
         bent = [at if at < done else done + round((at - done) * ratio) for at in old[:-1]]
         self.bounds = [*bent, self.bounds[-1]]
@@ -134,17 +130,13 @@ class Source:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beyond the models' weights and the bounds."""
-        return {}
+        numbers = {"places": torch.tensor([*self.pool]), "round": torch.tensor([self.round])}
+        return pack([*self.pool.values()]) | numbers
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave."""
-
-
-class SFT(Source):
-    """The rows without a rejected side."""
-
-    def __init__(self, rows: Sequence[Pair], run: Run) -> None:
-        super().__init__([Pair(row.prompt, row.chosen, []) for row in rows], run)
+        self.pool = dict(zip(state["places"].tolist(), unpack(state), strict=True))
+        self.round = int(state["round"])
 
 
 class SAPO(Source):
@@ -154,9 +146,7 @@ class SAPO(Source):
 
     def __init__(self, rows: Sequence[Pair], run: Run) -> None:
         super().__init__(rows, run)
-        c = run.config
-        self.buffer = ReplayBuffer(c.replay_capacity, c.seed) if c.replay_capacity else None
-        self.ref_every = c.ref_update_every or math.ceil(len(rows) / c.batch_size)  # one epoch
+        self.buffer = ReplayBuffer(run.config.replay_capacity, run.config.seed)
 
     def before_step(self, t: int) -> list[Pair]:
         """EMA, reference, fresh pairs into the buffer, a batch out of it. The order matters."""
@@ -165,8 +155,9 @@ class SAPO(Source):
             with self.run.clock("ema"):
                 ema_update(models["ema"], models["policy"], c.ema_decay)
         if compares(c) and c.ref_update != "fixed":
-            self.reference_version = t // self.ref_every
-            if t % self.ref_every == 0:
+            every = c.ref_update_every or math.ceil(len(self.rows) / c.batch_size)  # one epoch
+            self.reference_version = t // every
+            if t % every == 0:
                 copy_weights(models["reference"], models[c.ref_update])
         self.fresh = []
         if t % c.sample_every == 0:
@@ -176,7 +167,7 @@ class SAPO(Source):
         self.metrics = describe(self.fresh, self.run.tokenizer.eos_ids)
         if c.drop_identical:
             self.fresh = [pair for pair in self.fresh if pair.chosen != pair.rejected]
-        if self.buffer is None:
+        if not c.replay_capacity:
             self.picked, self.gone = list(range(len(self.fresh))), self.fresh
             return list(self.fresh)
         self.gone = [old for pair in self.fresh if (old := self.buffer.add(pair)) is not None]
@@ -205,61 +196,58 @@ class SAPO(Source):
         return pairs
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The replay buffer, its counts and ages."""
-        return {} if self.buffer is None else self.buffer.state_dict()
+        """The replay buffer's."""
+        return self.buffer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave."""
-        if self.buffer is not None:
-            self.buffer.load_state_dict(state)
+        self.buffer.load_state_dict(state)
+
+
+class SFT(Source):
+    """The rows without a rejected side."""
+
+    def __init__(self, rows: Sequence[Pair], run: Run) -> None:
+        super().__init__([Pair(row.prompt, row.chosen, []) for row in rows], run)
 
 
 class SPIN(Source):
     """Chosen = the gold response; rejected = the opponent's whole response (arXiv 2401.01335).
 
-    The opponent is the policy as it was when the iteration began, and also the reference. From the
-    second iteration on, the previous one's pairs are trained on too.
+    The opponent, also the reference, is the policy as it was when the iteration began. The pool of
+    an iteration has a pair for each row, and behind them those of the iteration before.
     """
 
     roles = ("reference",)
 
-    def __init__(self, rows: Sequence[Pair], run: Run) -> None:
-        super().__init__(rows, run)
-        self.previous: dict[int, Pair] = {}  # by row, of the iteration before
-        self.current: dict[int, Pair] = {}
-
     @staticmethod
     def schedule(rows: int, c: Any) -> list[int]:
-        """Each iteration passes over its pairs equally often: the first has one for each row, the
-        others two."""
+        """Each iteration passes over its pool equally often: the first's is half as large."""
         passes = 2 * c.rounds - 1
         steps = steps_for(passes * rows, c)
-        starts = [0]
-        for k in range(1, c.rounds):  # each has a step at least, as long as there are steps
-            starts.append(max(round(steps * (2 * k - 1) / passes), starts[-1] + 1))
-        return [*(start for start in starts if start < steps), steps]
+        starts = [max(round(steps * (2 * k - 1) / passes), k) for k in range(c.rounds)]
+        return [*(start for start in starts if start < steps), steps]  # a step each at the least
 
     def before_step(self, t: int) -> list[Pair]:
-        """A batch of the iteration's pool: a pair for each row, then the previous iteration's.
-        Rows that the opponent has not answered yet in this iteration are answered now."""
+        """A batch of the pool, whose rows the opponent answers as they come up."""
+        c, count = self.run.config, len(self.rows)
         iteration, first, _ = self.stretch(t)
         if iteration > self.round:
-            self.round = iteration
-            self.previous, self.current = dict(sorted(self.current.items())), {}
+            answered = [self.pool[i] for i in sorted(self.pool) if i < count]
+            self.round, self.pool = iteration, dict(enumerate(answered, count))
             copy_weights(self.run.models["reference"], self.run.models["policy"])
         self.reference_version = self.round
-        count, older = len(self.rows), list(self.previous.values())
-        key = hash_seed(self.run.config.seed, "spin", self.round)
-        size = self.run.config.batch_size
-        self.picked = batch_indices(t - first, size, count + len(older), key)
-        asked = sorted({i for i in self.picked if i < count} - self.current.keys())
+        older = [i for i in self.pool if i >= count]
+        key = hash_seed(c.seed, "spin", self.round)
+        self.picked = batch_indices(t - first, c.batch_size, count + len(older), key)
+        asked = sorted(set(self.picked) - self.pool.keys())
         self.fresh = self.spoil([self.rows[i] for i in asked], [(key, i) for i in asked])
-        self.current |= zip(asked, self.fresh, strict=True)
+        self.pool |= zip(asked, self.fresh, strict=True)
         self.metrics = describe(self.fresh, self.run.tokenizer.eos_ids)
         if self.fresh:  # whatever the gold response's end: answers that were cut at the budget
             self.metrics["segment/unended"] = 1 - self.metrics["segment/ended"]
         self.metrics["spin/iteration"] = float(self.round)
-        return [self.current[i] if i < count else older[i - count] for i in self.picked]
+        return [self.pool[i] for i in self.picked]
 
     def spoil(self, rows: Sequence[Pair], keys: Sequence[Any] | None = None) -> list[Pair]:
         """The opponent's response to each row's prompt, beside the gold one."""
@@ -273,21 +261,6 @@ class SPIN(Source):
             for row, (new, logp) in zip(rows, answers, strict=True)
         ]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The pairs of both iterations; the opponent's weights are the reference's."""
-        pairs = [*self.previous.values(), *self.current.values()]
-        return pack(pairs) | {
-            "rows": torch.tensor([*self.previous, *self.current], dtype=torch.int64),
-            "previous": torch.tensor([len(self.previous)]),
-            "round": torch.tensor([self.round]),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what `state_dict` gave."""
-        known = list(zip(state["rows"].tolist(), unpack(state), strict=True))
-        split, self.round = int(state["previous"]), int(state["round"])
-        self.previous, self.current = dict(known[:split]), dict(known[split:])
-
 
 def steps_for(rows: int, c: Any) -> int:
     """--steps, or as many as --epochs of so many rows take."""
@@ -299,37 +272,8 @@ def request(prompt: list[int], c: Any, seed: int) -> Request:
     return prompt, min(c.max_new_tokens, c.max_length - len(prompt)), seed
 
 
-def pack(pairs: Iterable[Pair]) -> dict[str, Tensor]:
-    """Pairs as tensors, which safetensors can hold: `tokens` of all sides, `lengths` (N, 3), and
-    `bounds` (N, 3) and `logp` (N,) of the cuts, which are -1 and NaN for pairs without one."""
-    pairs = list(pairs)
-    cuts = [pair.cut or Cut(-1, -1, -1, math.nan) for pair in pairs]
-    tokens = [token for pair in pairs for side in pair[:3] for token in side]
-    lengths = [[len(side) for side in pair[:3]] for pair in pairs]
-    return {
-        "tokens": torch.tensor(tokens, dtype=torch.int32),
-        "lengths": torch.tensor(lengths, dtype=torch.int64).view(-1, 3),
-        "bounds": torch.tensor([cut[:3] for cut in cuts], dtype=torch.int64).view(-1, 3),
-        "logp": torch.tensor([cut.logp for cut in cuts], dtype=torch.float64),
-    }
-
-
-def unpack(state: Mapping[str, Tensor]) -> list[Pair]:
-    """The pairs that `pack` made tensors of."""
-    sides = iter(state["tokens"].split(state["lengths"].flatten().tolist()))
-    pairs: list[Pair] = []
-    for bounds, logp in zip(state["bounds"].tolist(), state["logp"].tolist(), strict=True):
-        cut = Cut(*bounds, logp) if bounds[0] >= 0 else None
-        pairs.append(Pair(*(side.tolist() for side in itertools.islice(sides, 3)), cut))
-    return pairs
-
-
 def choose_segment(
-    response_len: int,
-    segment_len: int,
-    max_start: int,
-    rng: random.Random,
-    rule: str = "official",
+    response_len: int, segment_len: int, max_start: int, rng: random.Random, rule: str = "official"
 ) -> tuple[int, int]:
     """Where to cut a response, in tokens: [start, stop), of min(segment_len, response_len).
 
@@ -344,11 +288,7 @@ def choose_segment(
 
 
 def splice(
-    response: list[int],
-    start: int,
-    stop: int,
-    regenerated: list[int],
-    eos_ids: Sequence[int] | frozenset[int],
+    response: list[int], start: int, stop: int, regenerated: list[int], eos_ids: Collection[int]
 ) -> list[int]:
     """A + B' + C; where B' holds an EOS the response ends there, and C is dropped."""
     for i, token in enumerate(regenerated):
@@ -404,19 +344,39 @@ class ReplayBuffer:
         return [item.pair for item in drawn]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The pairs, how often each was drawn and when it came; the draws so far, and the seed."""
-        return pack(item.pair for item in self.stored) | {
-            "counts": torch.tensor([item.count for item in self.stored], dtype=torch.int64),
-            "born": torch.tensor([item.born for item in self.stored], dtype=torch.int64),
-            "draws": torch.tensor([self.draws, self.seed], dtype=torch.int64),
-        }
+        """The pairs; (N, 2) how often each was drawn and when it came; the draws, and the seed."""
+        history = torch.tensor([(item.count, item.born) for item in self.stored]).view(-1, 2)
+        draws = torch.tensor([self.draws, self.seed])
+        return pack([item.pair for item in self.stored]) | {"history": history, "draws": draws}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave; the next draw is the one that would have come next."""
-        columns = (unpack(state), state["counts"].tolist(), state["born"].tolist())
+        both = zip(unpack(state), state["history"].tolist(), strict=True)
         self.stored.clear()
-        self.stored.extend(itertools.starmap(Stored, zip(*columns, strict=True)))
+        self.stored.extend(Stored(pair, *history) for pair, history in both)
         self.draws, self.seed = state["draws"].tolist()
+
+
+def pack(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """Pairs as tensors, which safetensors can hold: `tokens` of all sides, `lengths` (N, 3), and
+    `bounds` (N, 3) and `logp` (N,) of the cuts, which are -1 and NaN for pairs without one."""
+    cuts = [pair.cut or Cut(-1, -1, -1, math.nan) for pair in pairs]
+    tokens = [token for pair in pairs for side in pair[:3] for token in side]
+    lengths = [[len(side) for side in pair[:3]] for pair in pairs]
+    return {
+        "tokens": torch.tensor(tokens, dtype=torch.int32),
+        "lengths": torch.tensor(lengths, dtype=torch.int64).view(-1, 3),
+        "bounds": torch.tensor([cut[:3] for cut in cuts], dtype=torch.int64).view(-1, 3),
+        "logp": torch.tensor([cut.logp for cut in cuts], dtype=torch.float64),
+    }
+
+
+def unpack(state: Mapping[str, Tensor]) -> list[Pair]:
+    """The pairs that `pack` made tensors of."""
+    sides = [x.tolist() for x in state["tokens"].split(state["lengths"].flatten().tolist())]
+    columns = zip(state["bounds"].tolist(), state["logp"].tolist(), strict=True)
+    cuts = [Cut(*bounds, logp) if bounds[0] >= 0 else None for bounds, logp in columns]
+    return [Pair(*sides[3 * i : 3 * i + 3], cut) for i, cut in enumerate(cuts)]
 
 
 def batch_indices(t: int, batch_size: int, rows: int, seed: int) -> list[int]:
@@ -433,7 +393,7 @@ def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
 @torch.no_grad()
 def ema_update(ema: nn.Module, policy: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * policy, matched by name, in the EMA's own type (fp32)."""
-    ours, theirs = _paired(ema, policy)
+    ours, theirs = zip(*_paired(ema, policy), strict=True)
     if ours[0].device == theirs[0].device:
         torch._foreach_lerp_(ours, theirs, 1 - decay)
     else:  # the EMA is in host memory, where there is no room for all of the policy too
@@ -444,14 +404,13 @@ def ema_update(ema: nn.Module, policy: nn.Module, decay: float) -> None:
 @torch.no_grad()
 def copy_weights(into: nn.Module, source: nn.Module) -> None:
     """into <- source, matched by name."""
-    for ours, theirs in zip(*_paired(into, source), strict=True):  # DTensor has no _foreach_copy_
+    for ours, theirs in _paired(into, source):  # DTensor has no _foreach_copy_
         ours.copy_(theirs)
 
 
-def _paired(one: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def _paired(one: nn.Module, other: nn.Module) -> list[tuple[Tensor, Tensor]]:
     others = dict(other.named_parameters())
-    names, ours = zip(*one.named_parameters(), strict=True)
-    return list(ours), [others[name] for name in names]
+    return [(ours, others[name]) for name, ours in one.named_parameters()]
 
 
 def dpo_loss(
@@ -464,9 +423,8 @@ def dpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Direct preference optimization (arXiv 2305.18290, eq. 7), with cDPO's smoothing.
 
-    Args: four (N,) tensors of summed log-probs.
-    Returns: losses, rewards of the chosen, rewards of the rejected: (N,) each; the rewards
-        (eq. 5 without the partition function, which cancels) carry no gradient.
+    Four (N,) tensors of summed log-probs in; (N,) losses, chosen rewards, rejected rewards out. The
+    rewards (eq. 5 without the partition function, which cancels) carry no gradient.
     """
     logits = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
     right, wrong = F.logsigmoid(beta * logits), F.logsigmoid(-beta * logits)
@@ -497,8 +455,8 @@ def pair_loss(
     """The loss that `c.loss` names: (N,) losses, chosen rewards, rejected rewards.
 
     `policy` is what `pair_logprobs` gives, `reference` two (N,) tensors that "orpo", and None,
-    which is no loss on pairs, do not read. `c.length_normalize` takes log-probs per token in place
-    of sums in the loss; the rewards stay those of whole responses.
+    which is no loss on pairs, do not read. `c.length_normalize`: a loss on log-probs per token in
+    place of sums; the rewards stay those of whole responses.
     """
     chosen, rejected, n_chosen, n_rejected = policy
     if c.loss is None:
@@ -521,25 +479,18 @@ def pair_loss(
     return losses, rewards[0], rewards[1]
 
 
-# ------------------------------------------------------------------------------- what is observed
-
-
 def describe(fresh: Sequence[Pair], eos_ids: Collection[int]) -> dict[str, float]:
     """Of freshly written segments B': mean lengths, and the shares that equal B (which teach DPO
     nothing), that end the response, and that leave it without an EOS which the chosen one has."""
-    both = [(pair, pair.cut) for pair in fresh if pair.cut is not None]
-    if not both:
-        return {}
-    columns = {
+    both = [(pair, pair.cut) for pair in fresh if pair.cut]
+    columns: dict[str, list[int]] = {
         "identical": [pair.chosen == pair.rejected for pair, _ in both],
         "length": [cut.stop - cut.start for _, cut in both],
         "new_length": [cut.new_stop - cut.start for _, cut in both],
         "ended": [ended(pair.rejected[: cut.new_stop], eos_ids) for pair, cut in both],
-        "unended": [
-            ended(pair.chosen, eos_ids) and not ended(pair.rejected, eos_ids) for pair, _ in both
-        ],
+        "unended": [ended(x.chosen, eos_ids) and not ended(x.rejected, eos_ids) for x, _ in both],
     }
-    return {f"segment/{name}": sum(values) / len(both) for name, values in columns.items()}
+    return {f"segment/{name}": sum(x) / len(x) for name, x in columns.items() if x}
 
 
 def ended(tokens: Sequence[int], eos_ids: Collection[int]) -> bool:
@@ -552,15 +503,15 @@ def segment_logprobs(pairs: Sequence[Pair], parts: Sequence[Tensor]) -> Tensor:
 
     `parts` are the 3N tensors of `pair_token_logprobs`. Zeros for a pair without a cut.
     """
-    rows = [torch.zeros(4, dtype=torch.float64, device=parts[0].device)] * len(pairs)
+    sums = torch.zeros(len(pairs), 4, dtype=torch.float64, device=parts[0].device)
     for i, pair in enumerate(pairs):
-        if pair.cut is not None:
+        if pair.cut:
             start, stop, new_stop, _ = pair.cut
             shared, *tails = (part.detach().double() for part in parts[3 * i : 3 * i + 3])
             good, bad = (torch.cat((shared, tail)) for tail in tails)
             spans = (good[start:stop], bad[start:new_stop], good[stop:], bad[new_stop:])
-            rows[i] = torch.stack([span.sum() for span in spans])
-    return torch.stack(rows)
+            sums[i] = torch.stack([span.sum() for span in spans])
+    return sums
 
 
 def segment_metrics(pairs: Sequence[Pair], table: Mapping[str, Tensor]) -> dict[str, float]:
@@ -570,26 +521,21 @@ def segment_metrics(pairs: Sequence[Pair], table: Mapping[str, Tensor]) -> dict[
     segment/kl: of B' under the model that wrote it, less that under the policy. Pairs whose sides
     are equal count in `segment/kl` alone, those without C not in `seam/`.
     """
-    totals: dict[str, tuple[float, int]] = {}
-
-    def add(name: str, logp: float, tokens: int) -> None:
-        before = totals.get(name, (0.0, 0))
-        totals[name] = (before[0] + logp, before[1] + tokens)
-
+    found = defaultdict[str, list[tuple[float, int]]](list)
     names = ("segment", "new_segment", "rest", "new_rest")
     columns = [table[f"logps/{name}"].tolist() for name in names]
     for pair, old, new, rest, new_rest in zip(pairs, *columns, strict=True):
-        if pair.cut is None:
-            continue
-        start, stop, new_stop, logp = pair.cut
-        add("segment/kl", logp - new, new_stop - start)
-        if pair.chosen != pair.rejected:
-            add("segment/logps", old, stop - start)
-            add("segment/new_logps", new, new_stop - start)
-            if stop < len(pair.chosen) and new_stop < len(pair.rejected):
-                add("seam/logps", rest, len(pair.chosen) - stop)
-                add("seam/new_logps", new_rest, len(pair.rejected) - new_stop)
-    return {name: logp / tokens for name, (logp, tokens) in totals.items() if tokens}
+        if pair.cut:
+            start, stop, new_stop, logp = pair.cut
+            found["segment/kl"].append((logp - new, new_stop - start))
+        if pair.cut and pair.chosen != pair.rejected:
+            found["segment/logps"].append((old, stop - start))
+            found["segment/new_logps"].append((new, new_stop - start))
+            if rest_tokens := len(pair.rejected) - new_stop:
+                found["seam/logps"].append((rest, rest_tokens))
+                found["seam/new_logps"].append((new_rest, rest_tokens))
+    sums = {name: [sum(column) for column in zip(*x, strict=True)] for name, x in found.items()}
+    return {name: logp / tokens for name, (logp, tokens) in sums.items() if tokens}
 
 
 # ------------------------------------------------------------------------------------- the flags
