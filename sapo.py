@@ -12,8 +12,7 @@ A source makes the pairs that a loss learns from. SAPO's needs only prompts x an
     5. policy: a step on that batch, with the loss                  `dpo_loss`, `orpo_loss`
            -log sigmoid(beta * (log pi(y)/ref(y) - log pi(y-)/ref(y-)))
 
-`SAPO.before_step` is 1 to 4, in this order; the trainer does 5. How this differs from the paper (P)
-and from the official code (C):
+`SAPO.before_step` is 1 to 4, the trainer does 5. Against the paper (P) and the official code (C):
 
     1. P updates the EMA every 2 steps, C every step; ours is C's (`--ema-every`).
     2. C refreshes the reference every 108 steps, its epoch; ours once an epoch of the data at hand.
@@ -23,26 +22,19 @@ and from the official code (C):
        with the response, and counts prompt and padding in ORPO's NLL; ours does none of it.
     6. C never cuts a long response's last three tokens, its template's closers; ours has one, EOS.
     7. Of a response too long for the room C always cuts the last tokens out; ours draws as ever.
-    8. C computes in bf16, EMA and reference too, on fp32 master weights (DeepSpeed), with AdamW's
-       state in 8 bits for ORPO; ours is fp32, or computes in bf16 (`--precision`, the recipes).
-    9. C most likely does not clip gradients; ours clips them to a norm of 1.
-
-SPIN (arXiv 2401.01335), with whole responses of an opponent that is frozen for an iteration:
-
-   10. Its scripts override its files' rate, beta and epochs; ours follows the scripts (`RECIPES`).
-   11. It answers all prompts before an iteration, behind "### Instruction: ..."; ours those of a
+    8. C computes in bf16, EMA and reference too, on fp32 master weights (DeepSpeed), AdamW's state
+       in 8 bits (ORPO), most likely unclipped; ours in fp32 or bf16 (`--precision`), clipped at 1.
+    9. SPIN answers all prompts before an iteration, behind "### Instruction: ..."; ours those of a
        step before it, the same pairs, behind the chat template that it trains with.
-   12. It encodes an answer's text again, so that one cut at 256 tokens gets an EOS; ours keeps the
-       tokens as they were sampled, and counts those that are cut.
+   10. SPIN encodes an answer's text again, which gives one cut at 256 tokens an EOS; ours does not.
 
 Sources know nothing of files, flags or ranks: a step's pairs are those of the whole global batch,
 and each draw has a random stream of its own, keyed by (seed, purpose, step, index).
 """
 
-import bisect
 import math
 import random
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,8 +64,7 @@ class Run(Protocol):
     def generate(
         self, model: Any, asked: list[Request], temperature: float | None = None, keep: bool = False
     ) -> list[Answer]:
-        """Samples an answer to each request. `keep`: for so many that the run may be stopped on the
-        way; what it has by then is kept for when it goes on."""
+        """Samples answers; `keep`: what a run has when it is stopped is there when it goes on."""
 
     def logps(self, rows: Sequence[Pair]) -> list[float]:
         """The summed log-probs of `chosen` under the policy."""
@@ -83,16 +74,14 @@ class Source:
     """Where a step's pairs come from; as it stands, the rows as they are (`dpo`, `orpo`).
 
     A method overrides `before_step`, and what else differs. `rows` are (prompt, gold response,
-    rejected) as token ids; the attributes tell of the last `before_step`.
-    """
+    rejected) as token ids; the attributes tell of the last `before_step`."""
 
     roles: tuple[str, ...] = ()  # copies of the start that it needs, beside the loss's reference
 
     def __init__(self, rows: Sequence[Any], run: Run) -> None:
         self.rows, self.run = rows, run
         self.bounds = self.schedule(len(rows), run.config)
-        self.round = 0  # the stretch between two bounds that has begun
-        self.reference_version = 0  # another one whenever the reference has changed
+        self.round, self.reference_version = 0, 0  # the stretch begun; new where the reference is
         self.pool: dict[int, Pair] = {}  # the stretch's pairs by place, where they are its own
         self.metrics: dict[str, float] = {}
         self.fresh: list[Pair] = []  # the pairs that it made
@@ -102,21 +91,18 @@ class Source:
 
     @staticmethod
     def schedule(rows: int, c: Any) -> list[int]:
-        """The first steps of the stretches that have a learning rate's schedule and an optimizer
-        state each (SPIN's iterations, SGPO's rounds), and the last one's end."""
+        """The first steps of stretches with an optimizer of their own (SPIN, SGPO), and the end."""
         return [0, steps_for(rows, c)]
 
     def stretch(self, t: int) -> tuple[int, int, int]:
         """The number, first step and end of the stretch that step t is in."""
-        number = bisect.bisect_right(self.bounds, t, hi=len(self.bounds) - 1) - 1
+        number = sum(start <= t for start in self.bounds[:-1]) - 1
         return number, self.bounds[number], self.bounds[number + 1]
 
     def bend(self, old: list[int], done: int) -> None:
-        """Takes up a stopped run's bounds. Stretches that have begun stay where they are; the
-        others are stretched over the steps that are left, where --steps has changed."""
+        """Takes up a stopped run's bounds; those ahead move where --steps has changed."""
         ratio = (self.bounds[-1] - done) / max(1, old[-1] - done)
-        bent = [at if at < done else done + round((at - done) * ratio) for at in old[:-1]]
-        self.bounds = [*bent, self.bounds[-1]]
+        self.bounds[:-1] = [x if x < done else done + round((x - done) * ratio) for x in old[:-1]]
 
     def before_step(self, t: int) -> list[Pair]:
         """The pairs of the update from policy t to t + 1, of the whole global batch."""
@@ -161,8 +147,7 @@ class SAPO(Source):
                 copy_weights(models["reference"], models[c.ref_update])
         self.fresh = []
         if t % c.sample_every == 0:
-            indices = batch_indices(t, c.batch_size, len(self.rows), c.seed)
-            rows = [self.rows[i] for i in indices for _ in range(c.responses_per_prompt)]
+            rows = [row for row in super().before_step(t) for _ in range(c.responses_per_prompt)]
             self.fresh = self.spoil(rows, "segment", t)
         self.metrics = describe(self.fresh, self.run.tokenizer.eos_ids)
         if c.drop_identical:
@@ -213,10 +198,8 @@ class SFT(Source):
 
 class SPIN(Source):
     """Chosen = the gold response; rejected = the opponent's whole response (arXiv 2401.01335).
-
-    The opponent, also the reference, is the policy as it was when the iteration began. The pool of
-    an iteration has a pair for each row, and behind them those of the iteration before.
-    """
+    The opponent, also the reference, is the policy as it was when the iteration began. Its pool has
+    a pair for each row, and behind them those of the iteration before."""
 
     roles = ("reference",)
 
@@ -243,16 +226,15 @@ class SPIN(Source):
         asked = sorted(set(self.picked) - self.pool.keys())
         self.fresh = self.spoil([self.rows[i] for i in asked], [(key, i) for i in asked])
         self.pool |= zip(asked, self.fresh, strict=True)
-        self.metrics = describe(self.fresh, self.run.tokenizer.eos_ids)
+        self.metrics = {"spin/iteration": float(self.round)}
+        self.metrics |= describe(self.fresh, self.run.tokenizer.eos_ids)
         if self.fresh:  # whatever the gold response's end: answers that were cut at the budget
             self.metrics["segment/unended"] = 1 - self.metrics["segment/ended"]
-        self.metrics["spin/iteration"] = float(self.round)
         return [self.pool[i] for i in self.picked]
 
-    def spoil(self, rows: Sequence[Pair], keys: Sequence[Any] | None = None) -> list[Pair]:
+    def spoil(self, rows: Sequence[Pair], keys: Sequence[Any] = ()) -> list[Pair]:
         """The opponent's response to each row's prompt, beside the gold one."""
-        c = self.run.config
-        keys = [("eval", i) for i in range(len(rows))] if keys is None else keys
+        c, keys = self.run.config, keys or [("eval", i) for i in range(len(rows))]
         both = zip(rows, keys, strict=True)
         asked = [request(row.prompt, c, hash_seed(c.seed, "opponent", key)) for row, key in both]
         answers = self.run.generate(self.run.models["reference"], asked)
@@ -275,12 +257,9 @@ def request(prompt: list[int], c: Any, seed: int) -> Request:
 def choose_segment(
     response_len: int, segment_len: int, max_start: int, rng: random.Random, rule: str = "official"
 ) -> tuple[int, int]:
-    """Where to cut a response, in tokens: [start, stop), of min(segment_len, response_len).
-
+    """Where to cut a response, in tokens: [start, stop) of L = min(segment_len, response_len).
     "official": start is uniform in [0, min(response_len - 3 - L, max_start)], or 0 where that is
-    empty. "uniform": the same without the 3, so that the response's end is cut as often as its
-    middle. `max_start` is the space that `--max-length` leaves.
-    """
+    empty; "uniform": the same without the 3. `max_start` is the space that --max-length leaves."""
     length = min(segment_len, response_len)
     latest = response_len - length - (3 if rule == "official" else 0)
     start = rng.randint(0, max(0, min(latest, max_start)))
@@ -308,15 +287,12 @@ class Stored:
 
 class ReplayBuffer:
     """First in, first out; `sample` favours pairs seen less, weight 1 / (times sampled + 1).
-
-    `metrics` describes the last draw: size, mean age in draws (0 is fresh), mean earlier draws.
-    """
+    `metrics` describes the last draw: size, mean age in draws (0 is fresh), mean earlier draws."""
 
     def __init__(self, capacity: int, seed: int) -> None:
         self.stored: deque[Stored] = deque(maxlen=capacity)
         self.seed, self.draws = seed, 0
-        self.picked: list[int] = []  # the places of the last draw, 0 the oldest
-        self.metrics: dict[str, float] = {}
+        self.picked, self.metrics = list[int](), dict[str, float]()  # places, 0 the oldest
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -352,8 +328,7 @@ class ReplayBuffer:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave; the next draw is the one that would have come next."""
         both = zip(unpack(state), state["history"].tolist(), strict=True)
-        self.stored.clear()
-        self.stored.extend(Stored(pair, *history) for pair, history in both)
+        self.stored = deque((Stored(pair, *history) for pair, history in both), self.stored.maxlen)
         self.draws, self.seed = state["draws"].tolist()
 
 
@@ -361,11 +336,10 @@ def pack(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     """Pairs as tensors, which safetensors can hold: `tokens` of all sides, `lengths` (N, 3), and
     `bounds` (N, 3) and `logp` (N,) of the cuts, which are -1 and NaN for pairs without one."""
     cuts = [pair.cut or Cut(-1, -1, -1, math.nan) for pair in pairs]
-    tokens = [token for pair in pairs for side in pair[:3] for token in side]
-    lengths = [[len(side) for side in pair[:3]] for pair in pairs]
+    sides = [side for pair in pairs for side in pair[:3]]
     return {
-        "tokens": torch.tensor(tokens, dtype=torch.int32),
-        "lengths": torch.tensor(lengths, dtype=torch.int64).view(-1, 3),
+        "tokens": torch.tensor([x for side in sides for x in side], dtype=torch.int32),
+        "lengths": torch.tensor([len(side) for side in sides], dtype=torch.int64).view(-1, 3),
         "bounds": torch.tensor([cut[:3] for cut in cuts], dtype=torch.int64).view(-1, 3),
         "logp": torch.tensor([cut.logp for cut in cuts], dtype=torch.float64),
     }
@@ -393,7 +367,8 @@ def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
 @torch.no_grad()
 def ema_update(ema: nn.Module, policy: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * policy, matched by name, in the EMA's own type (fp32)."""
-    ours, theirs = zip(*_paired(ema, policy), strict=True)
+    named = dict(policy.named_parameters())
+    ours, theirs = zip(*((a, named[name]) for name, a in ema.named_parameters()), strict=True)
     if ours[0].device == theirs[0].device:
         torch._foreach_lerp_(ours, theirs, 1 - decay)
     else:  # the EMA is in host memory, where there is no room for all of the policy too
@@ -404,13 +379,9 @@ def ema_update(ema: nn.Module, policy: nn.Module, decay: float) -> None:
 @torch.no_grad()
 def copy_weights(into: nn.Module, source: nn.Module) -> None:
     """into <- source, matched by name."""
-    for ours, theirs in _paired(into, source):  # DTensor has no _foreach_copy_
-        ours.copy_(theirs)
-
-
-def _paired(one: nn.Module, other: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    others = dict(other.named_parameters())
-    return [(ours, others[name]) for name, ours in one.named_parameters()]
+    theirs = dict(source.named_parameters())
+    for name, ours in into.named_parameters():  # DTensor has no _foreach_copy_
+        ours.copy_(theirs[name])
 
 
 def dpo_loss(
@@ -421,11 +392,8 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Direct preference optimization (arXiv 2305.18290, eq. 7), with cDPO's smoothing.
-
-    Four (N,) tensors of summed log-probs in; (N,) losses, chosen rewards, rejected rewards out. The
-    rewards (eq. 5 without the partition function, which cancels) carry no gradient.
-    """
+    """DPO (arXiv 2305.18290, eq. 7), with cDPO's smoothing, of (N,) summed log-probs: (N,) losses,
+    chosen and rejected rewards (eq. 5; the partition function cancels), which carry no gradient."""
     logits = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
     right, wrong = F.logsigmoid(beta * logits), F.logsigmoid(-beta * logits)
     losses = -(1 - label_smoothing) * right - label_smoothing * wrong
@@ -435,9 +403,7 @@ def dpo_loss(
 
 def orpo_loss(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor, lam: float = 0.05) -> Tensor:
     """ORPO's odds-ratio term (arXiv 2403.07691, eq. 7) on two (N,) mean log-probs per token. (N,).
-
-    The odds p / (1 - p) of a probability within 1e-6 of 1 are those at that distance.
-    """
+    The odds p / (1 - p) of a probability within 1e-6 of 1 are those at that distance."""
     chosen, rejected = (x.clamp(max=-1e-6) for x in (chosen_mean_logp, rejected_mean_logp))
     not_chosen, not_rejected = (torch.log(-torch.expm1(x)) for x in (chosen, rejected))
     log_odds = (chosen - rejected) - (not_chosen - not_rejected)
@@ -453,11 +419,8 @@ def pair_loss(
     c: Any, beta: float, policy: Sequence[Tensor], reference: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss that `c.loss` names: (N,) losses, chosen rewards, rejected rewards.
-
-    `policy` is what `pair_logprobs` gives, `reference` two (N,) tensors that "orpo", and None,
-    which is no loss on pairs, do not read. `c.length_normalize`: a loss on log-probs per token in
-    place of sums; the rewards stay those of whole responses.
-    """
+    `policy` is what `pair_logprobs` gives, `reference` two (N,) tensors that "orpo", and None, no
+    loss on pairs, do not read. `c.length_normalize` is for the loss; rewards stay whole sums."""
     chosen, rejected, n_chosen, n_rejected = policy
     if c.loss is None:
         return torch.zeros_like(chosen), chosen.detach(), rejected.detach()
@@ -499,10 +462,8 @@ def ended(tokens: Sequence[int], eos_ids: Collection[int]) -> bool:
 
 
 def segment_logprobs(pairs: Sequence[Pair], parts: Sequence[Tensor]) -> Tensor:
-    """(N, 4) float64: the log-probs of B, of B', of C after B and of C after B'.
-
-    `parts` are the 3N tensors of `pair_token_logprobs`. Zeros for a pair without a cut.
-    """
+    """(N, 4) float64: the log-probs of B, of B', of C after B and of C after B'; zeros where there
+    is no cut. `parts` are the 3N tensors of `pair_token_logprobs`."""
     sums = torch.zeros(len(pairs), 4, dtype=torch.float64, device=parts[0].device)
     for i, pair in enumerate(pairs):
         if pair.cut:
@@ -516,37 +477,32 @@ def segment_logprobs(pairs: Sequence[Pair], parts: Sequence[Tensor]) -> Tensor:
 
 def segment_metrics(pairs: Sequence[Pair], table: Mapping[str, Tensor]) -> dict[str, float]:
     """What rewriting did, in nats per token under the policy, from the columns of a step.
-
     segment/logps, /new_logps: of B and of B'; seam/logps, /new_logps: of C after B and after B';
     segment/kl: of B' under the model that wrote it, less that under the policy. Pairs whose sides
-    are equal count in `segment/kl` alone, those without C not in `seam/`.
-    """
-    found = defaultdict[str, list[tuple[float, int]]](list)
+    are equal count in segment/kl alone, those without C not in seam/."""
     names = ("segment", "new_segment", "rest", "new_rest")
-    columns = [table[f"logps/{name}"].tolist() for name in names]
-    for pair, old, new, rest, new_rest in zip(pairs, *columns, strict=True):
-        if pair.cut:
-            start, stop, new_stop, logp = pair.cut
-            found["segment/kl"].append((logp - new, new_stop - start))
-        if pair.cut and pair.chosen != pair.rejected:
-            found["segment/logps"].append((old, stop - start))
-            found["segment/new_logps"].append((new, new_stop - start))
-            if rest_tokens := len(pair.rejected) - new_stop:
-                found["seam/logps"].append((rest, rest_tokens))
-                found["seam/new_logps"].append((new_rest, rest_tokens))
-    sums = {name: [sum(column) for column in zip(*x, strict=True)] for name, x in found.items()}
-    return {name: logp / tokens for name, (logp, tokens) in sums.items() if tokens}
+    old, new, rest, new_rest = (table[f"logps/{name}"] for name in names)
+    cuts = torch.tensor([pair.cut or (0, 0, 0, 0) for pair in pairs], dtype=torch.float64)
+    start, stop, new_stop, logp = cuts.view(-1, 4).unbind(1)
+    differs = torch.tensor([bool(pair.cut) and pair.chosen != pair.rejected for pair in pairs])
+    behind = torch.tensor([len(pair.rejected) for pair in pairs]) - new_stop  # tokens of C
+    terms = {  # sums of log-probs, and the tokens that they are of
+        "segment/kl": (logp - new, new_stop - start),
+        "segment/logps": (old, (stop - start) * differs),
+        "segment/new_logps": (new, (new_stop - start) * differs),
+        "seam/logps": (rest, behind * differs),
+        "seam/new_logps": (new_rest, behind * differs),
+    }
+    return {k: float((x * (n > 0)).sum() / n.sum()) for k, (x, n) in terms.items() if n.any()}
 
 
 # ------------------------------------------------------------------------------------- the flags
+# [code]: the official code, [spin]: SPIN's, [handbook]: the alignment handbook, [ours]: our choice
 
 
 @dataclass
 class Sampling:
-    """Sampling, of the methods that generate.
-
-    [code] is the official SAPO code, [spin] that of SPIN, [ours] our own choice.
-    """
+    """Sampling, of the methods that generate."""
 
     temperature: Weight = 0.7  # [code]; [spin]: 1.0
     "of sampled tokens; 0 is greedy; --method spin alone makes it 1.0"
@@ -599,25 +555,24 @@ class Rounds(Sampling):
     """SPIN and SGPO."""
 
     rounds: Annotated[int, 1, 10**4] = 1  # [ours]; [spin]: 4
-    "spin: iterations, at the beginning of which the opponent becomes the policy, 4 by default; \
-sgpo: how often pairs are generated and trained on, --steps each"
+    "spin: iterations, 4 by default; sgpo: how often pairs are made and trained on, --steps each"
     max_new_tokens: Annotated[int, 1, 10**7] = 256  # [spin]
     "tokens of a sampled response, at most"
 
 
 # -------------------------------------------------------------------------- the papers' settings
-# [code]: the official code of SAPO, or of SPIN; [handbook]: the recipes of the alignment handbook,
-# from which both papers take their starts and baselines; [ours]: our choice, for want of a source.
-
-OFFICIAL: dict[str, Any] = {  # [code], beyond the flags' defaults, which are its values too
-    "method": "sapo", "loss": "dpo", "precision": "bf16",
-    "ref_update_every": 108,  # [code]: an epoch of its data
-    "replay_capacity": 16000,  # [code]: 2,000 on each of 8 ranks
+OFFICIAL: dict[str, Any] = {  # [code], where it is not the flags' defaults: an epoch of its data,
+    "method": "sapo", "loss": "dpo", "precision": "bf16",  # and 2,000 pairs on each of 8 ranks
+    "ref_update_every": 108, "replay_capacity": 16000,
 }  # fmt: skip
-OFFICIAL_ORPO: dict[str, Any] = OFFICIAL | {
-    "loss": "orpo", "lr": [5e-6], "schedule": "inverse_sqrt", "warmup": 100.0,  # [code]
-    "optimizer": "adamw",  # [code]: with its state in 8 bits
+ORPO: dict[str, Any] = {  # [code], [handbook]: with AdamW's state in 8 bits
+    "loss": "orpo", "precision": "bf16", "optimizer": "adamw", "lr": [5e-6],
+    "schedule": "inverse_sqrt", "warmup": 100.0,
 }  # fmt: skip
+COSINE = {"precision": "bf16", "optimizer": "adamw", "schedule": "cosine", "batch_size": 128}
+# The starts of SAPO-DPO (Llama 3 on deita-10k) and SPIN (zephyr-7b-sft-full: Mistral on UltraChat)
+# were trained on packed rows, every token of every turn; ours are on each row's last response.
+START: dict[str, Any] = COSINE | {"method": "sft", "loss": None, "lr": [2e-5]}
 ABLATIONS: dict[str, dict[str, Any]] = {  # the paper's tables, and what its reviewers asked for
     "on-policy": {"ema_decay": 0.0, "replay_capacity": 0},  # neither EMA nor replay
     "no-ema": {"ema_decay": 0.0},
@@ -626,34 +581,21 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # the paper's tables, and what its rev
     "fixed-reference": {"ref_update": "fixed"},
     "policy-reference": {"ref_update": "policy"},
 }
-STARTS: dict[str, Any] = {
-    "method": "sft", "loss": None, "precision": "bf16", "optimizer": "adamw",
-    "lr": [2e-5], "schedule": "cosine",
-}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
-    "sapo-llama3-8b": OFFICIAL,
-    "sapo-mistral-7b": OFFICIAL,
-    "sapo-orpo-llama3-8b": OFFICIAL_ORPO,
-    "sapo-orpo-mistral-7b": OFFICIAL_ORPO,
-    # The starts of SAPO-DPO and SPIN: Llama 3 on deita-10k, Mistral on UltraChat, which is
-    # zephyr-7b-sft-full. Both were trained on packed rows, every token of every turn; here, as in
-    # all of this project, on the last response of each row.
-    "sft-llama3-8b": STARTS | {"epochs": 3.0, "batch_size": 128},  # [code]
-    "sft-mistral-7b": STARTS | {"epochs": 1.0, "batch_size": 128},  # [handbook]
+    **dict.fromkeys(("sapo-llama3-8b", "sapo-mistral-7b"), OFFICIAL),
+    **dict.fromkeys(("sapo-orpo-llama3-8b", "sapo-orpo-mistral-7b"), OFFICIAL | ORPO),
+    "sft-llama3-8b": START | {"epochs": 3.0},  # [code]
+    "sft-mistral-7b": START | {"epochs": 1.0},  # [handbook]
     "spin-mistral-7b": {  # [spin]: the scripts, which override the files' 5e-7, 0.1 and 3 epochs
         "method": "spin", "loss": "dpo", "precision": "bf16", "epochs": 6.0, "max_length": 1024,
         "max_prompt_length": 512, "rounds": 4, "lr": [5e-7, 5e-7, 1e-7, 1e-7],
         "beta": [0.1, 0.1, 0.1, 5.0], "temperature": 1.0, "top_k": 0, "top_p": 1.0,
     },
-    "dpo-mistral-7b": {  # [handbook]: zephyr-7b-beta
-        "method": "dpo", "loss": "dpo", "precision": "bf16", "epochs": 1.0, "batch_size": 128,
-        "beta": [0.01], "schedule": "cosine", "optimizer": "adamw", "max_length": 1024,
+    "dpo-mistral-7b": COSINE | {  # [handbook]: zephyr-7b-beta
+        "method": "dpo", "loss": "dpo", "epochs": 1.0, "beta": [0.01], "max_length": 1024,
         "max_prompt_length": 512,
     },
-    "orpo-mistral-7b": {  # [handbook]: mistral-capybara; 8-bit AdamW there, the batch [ours]
-        "method": "orpo", "loss": "orpo", "precision": "bf16", "epochs": 3.0, "lr": [5e-6],
-        "schedule": "inverse_sqrt", "warmup": 100.0, "optimizer": "adamw",
-    },
+    "orpo-mistral-7b": ORPO | {"method": "orpo", "epochs": 3.0},  # mistral-capybara; batch [ours]
 }  # fmt: skip
 RECIPES |= {
     f"{base}-{name}": RECIPES[base] | change
