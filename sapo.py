@@ -349,8 +349,8 @@ def unpack(state: Mapping[str, Tensor]) -> list[Pair]:
     """The pairs that `pack` made tensors of."""
     sides = [x.tolist() for x in state["tokens"].split(state["lengths"].flatten().tolist())]
     columns = zip(state["bounds"].tolist(), state["logp"].tolist(), strict=True)
-    cuts = [Cut(*bounds, logp) if bounds[0] >= 0 else None for bounds, logp in columns]
-    return [Pair(*sides[3 * i : 3 * i + 3], cut) for i, cut in enumerate(cuts)]
+    cuts = [Cut._make([*bounds, logp]) if bounds[0] >= 0 else None for bounds, logp in columns]
+    return [Pair._make([*sides[3 * i : 3 * i + 3], cut]) for i, cut in enumerate(cuts)]
 
 
 def batch_indices(t: int, batch_size: int, rows: int, seed: int) -> list[int]:
