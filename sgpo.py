@@ -23,9 +23,9 @@ The paper (P) leaves much open, and there is no official code. What is said here
        of perplexities under pi_0, given I(x, y0) (`--fence-k`, `--fence-given`).
     3. P does not say that pi* is also trained on gold: `--improver-mix`.
     4. P does not name the reference of later rounds: pi*, frozen, in all of them.
-    5. Prompts are dropped that leave no room for I(x, y), and pairs with an empty or equal sides
-       (`--keep-identical`), whose chosen one was cut at its budget (`--keep-cut`), or is less
-       likely, per token, than the answer (`--gate`).
+    5. Prompts are dropped that leave no room for I(x, y), and pairs of which a side is empty, both
+       are equal (`--keep-identical`), or the chosen one was cut at its budget (`--keep-cut`) or is
+       less likely, per token, than the answer (`--gate`).
 """
 
 import math
@@ -125,22 +125,15 @@ class SGPO(sapo.Source):
             cut = Cut(0, len(new), len(answer), logp)
             made.append((example, Pair(row.prompt, new, answer, cut)))
         made, flaws = self.choose(made)
-        self.fresh, self.gone, self.round = (
-            [pair for _, pair in made],
-            [*self.pool.values()],
-            number,
-        )
-        self.pool = dict(enumerate(self.fresh))
+        self.fresh, self.gone = [pair for _, pair in made], [*self.pool.values()]
+        self.round, self.pool = number, dict(enumerate(self.fresh))
         flaws["too_long"] = count - len(fits)
         self.metrics = describe(self.fresh, tokenizer.eos_ids) | {"improve/pairs": float(len(made))}
         self.metrics |= {f"improve/{why}": found / count for why, found in flaws.items()}
-        texts = [
-            (as_prompt(example.messages), *map(tokenizer.response_text, pair[1:3]))
-            for example, pair in made
-        ]
-        self.made = [
-            {"round": number, "prompt": x, "chosen": y, "rejected": z} for x, y, z in texts
-        ]
+        for example, pair in made:
+            chosen, rejected = map(tokenizer.response_text, pair[1:3])
+            texts = {"prompt": as_prompt(example.messages), "chosen": chosen, "rejected": rejected}
+            self.made.append({"round": number} | texts)
 
     def choose(self, made: list[Ask]) -> tuple[list[Ask], dict[str, int]]:
         """The pairs worth learning from, and how many were dropped for what."""
