@@ -136,24 +136,25 @@ class SGPO(sapo.Source):
             self.made.append({"round": number} | texts)
 
     def choose(self, made: list[Ask]) -> tuple[list[Ask], dict[str, int]]:
-        """The pairs worth learning from, and how many were dropped for what."""
-        c, tokenizer, dropped = self.run.config, self.run.tokenizer, dict[str, int]()
+        """The pairs worth learning from, and how many had each flaw, kept or not."""
+        c, tokenizer, flaws = self.run.config, self.run.tokenizer, dict[str, int]()
 
-        def keep(why: str, good: Sequence[bool]) -> None:
-            dropped[why] = len(good) - sum(good)
-            made[:] = [one for one, stays in zip(made, good, strict=True) if stays]
+        def drop(why: str, bad: Sequence[bool], unless: bool = False) -> None:
+            flaws[why] = sum(bad)
+            made[:] = [one for one, goes in zip(made, bad, strict=True) if unless or not goes]
 
         read = tokenizer.response_text
-        keep("empty", [all(read(side).strip() for side in pair[1:3]) for _, pair in made])
-        keep("cut", [c.keep_cut or ended(pair.chosen, tokenizer.eos_ids) for _, pair in made])
-        keep("identical", [c.keep_identical or p.chosen != p.rejected for _, p in made])
+        drop("empty", [not all(read(side).strip() for side in pair[1:3]) for _, pair in made])
+        drop("cut", [not ended(pair.chosen, tokenizer.eos_ids) for _, pair in made], c.keep_cut)
+        drop("identical", [pair.chosen == pair.rejected for _, pair in made], c.keep_identical)
         if c.gate:  # per token: a sum would favour the shorter side
             sides = [Pair(pair.prompt, side, []) for _, pair in made for side in pair[1:3]]
             both = zip(self.run.logps(sides), sides, strict=True)
             means = [logp / len(side.chosen) for logp, side in both]
             rows = zip(made, means[::2], means[1::2], strict=True)
-            keep("unlikely", [p.chosen == p.rejected or good > bad for (_, p), good, bad in rows])
-        return made, dropped
+            likelier = [p.chosen == p.rejected or good > bad for (_, p), good, bad in rows]
+            drop("unlikely", [not stays for stays in likelier])
+        return made, flaws
 
     def write(
         self, prompts: list[list[int]], purpose: str, number: int, temperature: float | None = None
