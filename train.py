@@ -9,11 +9,10 @@ Every preference method is a source of pairs with a loss on top:
 
     source.before_step(t) -> pairs (prompt, chosen, rejected)  ->  loss  ->  policy t + 1
 
-The sources and the losses are in sapo.py and sgpo.py. Here come first the loop and the learner,
-where an evening's reading ends; then what lies on disk, the ranks (the only place that knows of
-more than one process), the flags, and the whole run.
+The sources and the losses are in sapo.py and sgpo.py. Here are the loop and the learner, where an
+evening's reading ends; then what lies on disk, the ranks, the flags, and the whole run.
 
-Shapes: N pairs. Log-probs are sums over response tokens, in nats, unless a name says mean.
+Shapes: N pairs. Log-probs are sums over response tokens, in nats.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ from sapo import Answer, Request, Source, dpo_loss, orpo_loss
 
 __all__ = ["Config", "Learner", "dpo_loss", "fit", "main", "orpo_loss"]  # the losses are sapo.py's
 
-# Where each method's pairs come from, and the class of the flags that it reads beside those that
-# all do. A new method is a line.
+# Where each method's pairs come from, and the flags of its own. A new method is a line.
 SOURCES: dict[str, tuple[type[Source], Any]] = {
     "sft": (sapo.SFT, None),
     "dpo": (Source, None),
@@ -69,8 +67,7 @@ SOURCES: dict[str, tuple[type[Source], Any]] = {
 
 Row = dict[str, float]  # a step's metrics by name
 Table = dict[str, Tensor]  # columns of (N,) float64, one value a pair: see COLUMNS
-Seen = tuple[list[Pair], Table, Row]  # what is known of a step
-Writer = Callable[[Sequence[Request]], list[Answer]]
+Seen = tuple[list[Pair], Table, Row]  # of a step
 
 
 class Stopped(Exception):
@@ -133,8 +130,8 @@ def step(c: Config, learner: Learner, source: Source, t: int) -> Seen:
 
 
 def evaluate(c: Config, learner: Learner, source: Source, files: Files) -> Row:
-    """Held-out rows scored as training pairs are, and what the run's own test measures. Rows that
-    have a rejected side keep it; the others get one from the source."""
+    """Held-out rows scored as training pairs are, those without a rejected side with one that the
+    source makes; and accuracy, in runs on the built-in tasks."""
     row, began = Row(), time.perf_counter()
     with learner.clock("eval"):
         if files.eval_rows:
@@ -176,24 +173,24 @@ def lr_at(c: Config, t: int, steps: int, peak: float) -> float:
     if t < warmup:
         return peak * (t + 1) / warmup
     done = (t - warmup) / max(1, steps - warmup)
-    if c.schedule == "linear":
-        return peak * (1 - done)
-    if c.schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
-    if c.schedule == "inverse_sqrt":  # without a warm-up slowly down, as transformers has it
-        return peak * math.sqrt(warmup / (t + 1) if warmup else 10_000 / (t + 10_000))
-    return peak
+    return (
+        peak
+        * {
+            "linear": 1 - done,
+            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+            # without a warm-up slowly down, as transformers has it
+            "inverse_sqrt": math.sqrt(warmup / (t + 1) if warmup else 10_000 / (t + 10_000)),
+            "constant": 1.0,
+        }[c.schedule]
+    )
 
 
 # ------------------------------------------------------------------------------------ the learner
 
 
 class Learner:
-    """The models and the optimizer: it scores pairs, learns from them, and generates.
-
-    It knows no method, and is the `sapo.Run` of its source. `start` is a model's folder, and
-    `roles` name the copies of it that stand beside the policy.
-    """
+    """The models and the optimizer, and the `sapo.Run` of a source: it scores pairs, learns from
+    them, and generates. `roles` name the copies of `start` that stand beside the policy."""
 
     def __init__(
         self, c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks, *roles: str
@@ -203,11 +200,9 @@ class Learner:
         self.optimizer = make_optimizer(self.policy, c)  # before a forward makes objects stale
         self.models = {"policy": self.policy}
         self.models |= {role: ranks.build(start, c, role) for role in roles}
-        self.known: dict[int, tuple[float, ...]] = {}  # the reference's log-probs, by `digest`
+        self.known: dict[int, tuple[float, ...]] = {}  # the reference's log-probs, by pair
         self.version = 0  # of the reference that they are of
         self.bad_steps = self.skipped = 0  # updates left out: in a row, and in all
-        size = 8 * c.generate_batch_size * ranks.world
-        self.journal = Journal(Path(c.out) / ".generated.jsonl", ranks, size)
         self.begin_step(c.beta[0])
 
     def begin_step(self, beta: float) -> None:
@@ -236,11 +231,9 @@ class Learner:
         return row | {f"seconds/{name}": value for name, value in self.seconds.items()}
 
     def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Pair], Tensor]]:
-        """This rank's micro-batches: places among the pairs, the pairs, and their weights.
-
-        Each rank takes every world-th pair in order of length, so that all have alike work. Where
-        they do not come out even, a rank repeats a pair with weight 0: all must run as many passes.
-        """
+        """This rank's micro-batches: places among the pairs, the pairs, their weights. It takes
+        every world-th pair in order of length: all ranks have alike work. Where these do not come
+        out even, it repeats one with weight 0: all must run as many passes."""
         count, size = len(pairs), self.config.micro_batch_size
         order = sorted(range(count), key=lambda i: sum(map(len, pairs[i][:3])))
         mine = order[self.ranks.rank :: self.ranks.world]
@@ -266,9 +259,8 @@ class Learner:
             return [chosen for chosen, _ in self.sums(self.policy, rows)]
 
     def reference_logps(self, pairs: Sequence[Pair], version: int, keep: bool) -> Tensor:
-        """(N, 2) float32 on every rank: log-probs of chosen and rejected under the reference, once
-        for a pair, and kept until the reference is another `version`. `keep`: not held-out pairs.
-        """
+        """(N, 2) float32 on every rank: `sums` under the reference, once for a pair, and kept until
+        that is another `version`. `keep`: not held-out pairs."""
         if version != self.version:
             self.version = version
             self.known.clear()
@@ -284,8 +276,7 @@ class Learner:
         return torch.tensor(rows, dtype=torch.float32, device=self.ranks.device).view(-1, 2)
 
     def score(self, pairs: Sequence[Pair], version: int, learn: bool) -> Table:
-        """COLUMNS of (N,) float64, on every rank; `learn`: the gradient too. `version`: of the
-        reference."""
+        """COLUMNS on every rank; `learn`: the gradient too. `version`: of the reference."""
         c, count = self.config, len(pairs)
         stats = torch.zeros(count, len(COLUMNS), dtype=torch.float64, device=self.ranks.device)
         references = torch.zeros(count, 2, device=self.ranks.device)
@@ -311,8 +302,7 @@ class Learner:
         return dict(zip(COLUMNS, table.unbind(1), strict=True))
 
     def update(self, lr: float, loss: float) -> float:
-        """Clips, steps, and returns the gradient's norm before clipping. A step whose loss or norm
-        is not finite is skipped, and counted."""
+        """Clips and steps, unless loss or norm is not finite. The gradient's norm before that."""
         limit = self.config.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit, foreach=True)
         value = float(self.ranks.whole(norm))
@@ -331,32 +321,31 @@ class Learner:
     ) -> list[Answer]:
         """As `sapo.Run` says. The rows are spread over the ranks; each gets all of the answer."""
         c, ranks = self.config, self.ranks
-        temperature = c.temperature if temperature is None else temperature
-        how: dict[str, Any] = {"temperature": temperature, "top_k": c.top_k, "top_p": c.top_p}
-        how |= {"eos_ids": self.tokenizer.eos_ids, "batch_size": c.generate_batch_size}
+        how: dict[str, Any] = {"eos_ids": self.tokenizer.eos_ids, "return_logprobs": True}
+        how |= {"temperature": c.temperature if temperature is None else temperature}
+        how |= {"top_k": c.top_k, "top_p": c.top_p, "batch_size": c.generate_batch_size}
 
-        def write(rows: Sequence[Request]) -> list[Answer]:
-            mine = rows[ranks.rank :: ranks.world]
+        def write(rows: list[Request]) -> list[Answer]:
+            mine: list[Any] = rows[ranks.rank :: ranks.world]
             prompts, most, seeds = ([row[k] for row in mine] for k in range(3))
-            new, logps = lm.generate(ready, prompts, most, seed=seeds, return_logprobs=True, **how)
+            new, logps = lm.generate(ready, prompts, most, seed=seeds, **how)
             return ranks.join([*zip(new, map(math.fsum, logps), strict=True)], rows)
 
         with self.clock("generate"), ranks.decoder(model) as ready:
-            done = self.journal.complete(ranks.norm(model), asked, write) if keep else write(asked)
+            done = kept(c, ranks, asked, write, ranks.norm(model)) if keep else write(asked)
         self.generated += sum(len(tokens) for tokens, _ in done)
         return done
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the policy's weights, by name, sharded as it lies."""
-        others = {role: model for role, model in self.models.items() if role != "policy"}
-        tree = {
-            f"{role}.{name}": p for role, m in others.items() for name, p in m.named_parameters()
-        }
-        tree |= {
-            f"optimizer.{name}.{key}": value
-            for name, parameter in self.policy.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
+        tree = dict[str, Tensor]()
+        for role, model in self.models.items():
+            for name, parameter in model.named_parameters():
+                if role != "policy":
+                    tree[f"{role}.{name}"] = parameter
+                    continue
+                for key, value in self.optimizer.state[parameter].items():
+                    tree[f"optimizer.{name}.{key}"] = value
         tree["known.keys"] = torch.tensor([*self.known], dtype=torch.int64)
         tree["known.logps"] = torch.tensor([*self.known.values()], dtype=torch.float64).view(-1, 2)
         tree["counts"] = torch.tensor([self.bad_steps, self.skipped, self.version])
@@ -364,17 +353,17 @@ class Learner:
 
     def load_state_dict(self, tree: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave, each rank its shards."""
-        others = {role: model for role, model in self.models.items() if role != "policy"}
-        for role, model in others.items():
+        for role, model in self.models.items():
             for name, parameter in model.named_parameters():
-                self.ranks.place(parameter, tree[f"{role}.{name}"])
-        for name, parameter in self.policy.named_parameters():
-            prefix, state = f"optimizer.{name}.", self.optimizer.state[parameter]
-            for key in [name.removeprefix(prefix) for name in tree if name.startswith(prefix)]:
-                state[key] = tree[prefix + key]
-                if key != "step":
-                    state[key] = torch.zeros_like(parameter).detach()
-                    self.ranks.place(state[key], tree[prefix + key])
+                if role != "policy":
+                    self.ranks.place(parameter, tree[f"{role}.{name}"])
+                    continue
+                prefix, state = f"optimizer.{name}.", self.optimizer.state[parameter]
+                for key in [name.removeprefix(prefix) for name in tree if name.startswith(prefix)]:
+                    state[key] = tree[prefix + key]
+                    if key != "step":
+                        state[key] = torch.zeros_like(parameter).detach()
+                        self.ranks.place(state[key], tree[prefix + key])
         logps = map(tuple, tree["known.logps"].tolist())
         self.known = dict(zip(tree["known.keys"].tolist(), logps, strict=True))
         self.bad_steps, self.skipped, self.version = tree["counts"].tolist()
@@ -460,7 +449,8 @@ class Files:
             self.save_model(learner.policy, folder / "policy", torch.float32)
             tree = learner.state_dict() | {"bounds": torch.tensor(source.bounds)}
             tree |= {f"source.{name}": value for name, value in source.state_dict().items()}
-            (folder / "state").mkdir(exist_ok=True)
+            if self.ranks.first:
+                (folder / "state").mkdir()
             lm.write_weights(folder / "state", tree, self.ranks.fetch, self.ranks.first)
 
         self.publish(self.checkpoints / f"step-{self.before + t}", write)
@@ -491,18 +481,17 @@ class Files:
             source.bend(tree["bounds"].tolist(), done)
             break
         if self.ranks.first:
-            rounds = self.metrics.with_name("pairs.jsonl")  # what is done again is written again
-            for path, key, most in (
-                (self.metrics, "step", self.before + done),
-                (rounds, "round", source.round),
-            ):
+            ends = {
+                self.metrics: ("step", self.before + done)
+            }  # what is done again is written again
+            ends[self.metrics.with_name("pairs.jsonl")] = ("round", source.round)
+            for path, (key, most) in ends.items():
                 if path.exists():
-                    rows = (row for _, row in json_lines(path) if row.get(key, most + 1) <= most)
+                    rows = (row for row in json_lines(path) if row.get(key, most + 1) <= most)
                     write_rows(path, rows)
             if learner.config.resume:
                 afresh = "no checkpoint yet: starting afresh"
                 print(f"resuming after step {self.before + done}" if done else afresh)
-        self.ranks.barrier()
         return done
 
     def save_model(self, model: Transformer, folder: Path, dtype: torch.dtype) -> None:
@@ -526,7 +515,6 @@ class Files:
         try:
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
-            self.ranks.barrier()
             write(partial)
             if self.ranks.first:
                 for path in (*partial.rglob("*"), partial):
@@ -541,30 +529,26 @@ class Files:
         self.ranks.barrier()
 
 
-@dataclass
-class Journal:
-    """A file of what has been generated of a round, so that a stopped run keeps it."""
-
-    path: Path
-    ranks: Ranks
-    size: int  # rows at a time
-
-    def complete(self, stamp: float, rows: list[Request], write: Writer) -> list[Answer]:
-        """The rows' answers: those on file, where the model (`stamp`) and the row are the same, and
-        the others written now. Raises Stopped where the run is to stop."""
-        keys = [hash_seed(stamp, *row) for row in rows]
-        known = {row["key"]: (row["tokens"], row["logp"]) for _, row in json_lines(self.path)}
-        left = [i for i, key in enumerate(keys) if key not in known]
-        for first in range(0, len(left), self.size):
-            some = left[first : first + self.size]
-            new = zip(some, write([rows[i] for i in some]), strict=True)
-            told = [{"key": keys[i], "tokens": tokens, "logp": logp} for i, (tokens, logp) in new]
-            known |= {row["key"]: (row["tokens"], row["logp"]) for row in told}
-            if self.ranks.first:
-                append(self.path, told)
-            if self.ranks.agree(self.ranks.asked_to_stop):
-                raise Stopped("stopped while answers were generated; --resume goes on")
-        return [known[key] for key in keys]
+def kept(
+    c: Config, ranks: Ranks, rows: list[Request], write: Callable[[Any], list[Answer]], stamp: float
+) -> list[Answer]:
+    """The rows' answers, some at a time into a file, so that a stopped run keeps them: those in it,
+    where the model (`stamp`) and the row are the same, and the others written now. Raises Stopped
+    where the run is to stop."""
+    path, size = Path(c.out) / ".generated.jsonl", 8 * c.generate_batch_size * ranks.world
+    keys = [hash_seed(stamp, *row) for row in rows]
+    known = {row["key"]: (row["tokens"], row["logp"]) for row in json_lines(path)}
+    left = [i for i, key in enumerate(keys) if key not in known]
+    for first in range(0, len(left), size):
+        some = left[first : first + size]
+        new = zip(some, write([rows[i] for i in some]), strict=True)
+        told = [{"key": keys[i], "tokens": tokens, "logp": logp} for i, (tokens, logp) in new]
+        known |= {row["key"]: (row["tokens"], row["logp"]) for row in told}
+        if ranks.first:
+            append(path, told)
+        if ranks.agree(ranks.asked_to_stop):
+            raise Stopped("stopped while answers were generated; --resume goes on")
+    return [known[key] for key in keys]
 
 
 class Trace:
@@ -610,12 +594,12 @@ class Trace:
         self.partial.rename(self.path)
 
 
-def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file and their objects; one that was not written whole is left out."""
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; what was not written whole is left out."""
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):  # a kill cut it off, perhaps within a character
             if isinstance(row := json.loads(line), dict):
-                yield line, row
+                yield row
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -668,7 +652,7 @@ def local(value: Tensor) -> Tensor:
 
 
 class Ranks:
-    """The processes of the run, and the only place that knows how many there are."""
+    """The processes of the run; nothing else knows how many there are."""
 
     def __init__(self) -> None:
         self.asked_to_stop = False  # by SIGTERM or SIGINT
@@ -680,20 +664,16 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:  # a lost rank is missed after half an hour, but where one works alone
-            dist.init_process_group(
-                "nccl" if cuda else "gloo",
-                timeout=datetime.timedelta(minutes=30),
-                device_id=self.device if cuda else None,
-            )
+            minutes, device = datetime.timedelta(minutes=30), self.device if cuda else None
+            backend = "nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=minutes, device_id=device)
             self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
             self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
 
     def build(self, folder: Path, c: Config, role: str) -> Transformer:
-        """Loads the policy, the EMA or the reference, each rank its shard of it. They are fp32, but
-        for the reference's matrices: those are held as they would be rounded for each product.
-
-        The order is checkpointing, compilation, sharding, and only then memory and weights.
-        """
+        """Loads the policy, the EMA or the reference, each rank its shard: fp32, but the matrices of
+        the reference are as they would be rounded for each product. The order is checkpointing,
+        compilation, sharding, and only then memory and weights."""
         model = outline(folder)
         model.compute_dtype = torch.bfloat16 if c.precision == "bf16" else None
         model.checkpointing = c.activation_checkpointing
@@ -772,9 +752,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def decoder(self, model: Transformer) -> Iterator[Transformer]:
-        """The model for decoding, in whose shapes nothing is compiled: in its compute type, with
-        all weights at hand, since ranks stop at different times and must not wait for each other.
-        """
+        """The model for decoding, where nothing is compiled: in its compute type, and with all
+        weights at hand, as ranks stop at different times and must not wait for each other."""
         dtype = model.compute_dtype or model.dtype
         if self.world > 1 or dtype != model.dtype or self.device != model.device:
             weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -908,10 +887,9 @@ class Config(sgpo.Settings, sapo.Settings, Optimization, RunFlags):
 
 TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
     "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": [1e-4], "max_length": 128,
-    "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.1,
+    "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.1, "max_new_tokens": 40,
     "segment_length": "8", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
     "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256,
-    "max_new_tokens": 40,
 }  # fmt: skip
 TASKS_SGPO = TASKS | {
     "method": "sgpo", "lr": [3e-6], "improver_lr": 1e-4, "improver_epochs": 4.0,
@@ -924,10 +902,8 @@ RECIPES |= {f"tasks-{name}": TASKS | change for name, change in sapo.ABLATIONS.i
 OWN: dict[str, dict[str, Any]] = {  # a method's own defaults
     "spin": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "rounds": 4},  # [spin]
     "sft": {"lr": [2e-5], "optimizer": "adamw", "schedule": "cosine", "epochs": 3.0},  # [code]
-    "orpo": {  # the recipe's
-        "lr": [5e-6], "optimizer": "adamw", "schedule": "inverse_sqrt", "warmup": 100.0,
-        "epochs": 3.0,
-    },
+    "orpo": {"lr": [5e-6], "optimizer": "adamw", "schedule": "inverse_sqrt", "warmup": 100.0,
+             "epochs": 3.0},  # the recipe's
 }  # fmt: skip
 MAY_CHANGE = {"resume", "out", "steps", "epochs", "log_every", "save_every", "show_every"}
 MAY_CHANGE |= {"trace", "trace_steps", "keep"}
@@ -1020,12 +996,9 @@ def check(c: Config) -> Config:
          "--sample-every and --responses-per-prompt above 1 need a --replay-capacity above 0"),
         (0 < sapo_buffer < c.batch_size,
          f"--replay-capacity {c.replay_capacity} is below --batch-size {c.batch_size}: too few"),
-        (c.chat_template and not c.model,
-         "--chat-template is for --model: the built-in start has its own"),
-        (c.trace is not None and c.resume,
-         "--trace records a run from its first step: not with --resume"),
-        (server is not None and not c.target_model,
-         "--target-source is a URL: --target-model must say which model to ask"),
+        (c.chat_template and not c.model, "--chat-template is for --model, which is not given"),
+        (c.trace and c.resume, "--trace records a run from its first step: not with --resume"),
+        (server and not c.target_model, "a --target-source that is a URL needs --target-model too"),
         (c.method == "sgpo" and c.target_source == "tasks" and c.data is not None,
          "--target-source tasks mends the built-in tasks, and --data is given"),
         (c.keep_identical and c.loss != "orpo" and not c.nll_weight,
@@ -1102,12 +1075,11 @@ def run(c: Config, ranks: Ranks) -> None:
             data.write_task_tokenizer(folder)
         date = datetime.datetime.fromisoformat(c.date or "")
         tokenizer = data.load_tokenizer(c.model or folder, c.chat_template, date)
-    start = Path(c.model) if c.model else out / "start"
     if c.model:
-        sample.check_vocabulary(tokenizer, outline(start), start)
+        sample.check_vocabulary(tokenizer, outline(Path(c.model)), Path(c.model))
     read, counts = read_rows(c, tokenizer)
     rows = read.get("--preference-data") or [row for _, row in read["--data"]]
-    source = SOURCES[c.method][0]
+    source, start = SOURCES[c.method][0], Path(c.model) if c.model else out / "start"
     steps = source.schedule(len(rows), c)[-1]
     told = f"method {c.method}, loss {c.loss or 'nll'}, model {c.model or 'built-in'}, "
     told += f"{len(rows)} rows, {steps} steps, rate {' '.join(map(str, c.lr))}, {c.optimizer}, "
@@ -1124,16 +1096,15 @@ def run(c: Config, ranks: Ranks) -> None:
     if c.method == "sgpo":
         text = json.dumps({"instruction": c.improver_instruction}, indent=2)
         files.beside = {sample.IMPROVER_FILE: text}
-    if c.method == "sgpo" and c.improver is None:
-        files.before = train_improver(c, start, read["--data"], files, read.get("--target-source"))
-        start = models["improver"]
+        if c.improver is None:
+            files.before, start = train_improver(c, start, read, files), models["improver"]
     if on_tasks and c.method != "sft" and not models["sft control"].exists():
         control(c, models["start"], files, files.before + steps)
     roles = sorted({*source.roles, *(["reference"] if sapo.compares(c) else [])})  # on all ranks
     learner = Learner(c, start, tokenizer, ranks, *roles)
     fit(c, learner, source(rows, learner), files)
     if ranks.first:
-        learner.journal.path.unlink(missing_ok=True)
+        (out / ".generated.jsonl").unlink(missing_ok=True)
         if on_tasks:
             models = {name: folder for name, folder in models.items() if folder.exists()}
             sample.print_accuracies(models | {c.method: files.final}, tokenizer, c.seed)
@@ -1215,8 +1186,6 @@ def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, 
     ranks.only_first(write)
 
 
-# ------------------------------------------------------------------- runs beside the method's own
-
 START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
     "steps": 1800, "batch_size": 32, "micro_batch_size": 32,
     "lr": [4e-3], "optimizer": "adamw", "adam_beta2": 0.98, "warmup": 80.0, "schedule": "linear",
@@ -1274,20 +1243,17 @@ def control(c: Config, start: Path, files: Files, steps: int) -> None:
     sft(c, start, data.task_examples("clean", 128, c.seed), beside, steps=steps, lr=rate)
 
 
-def train_improver(
-    c: Config, start: Path, asks: list[sgpo.Ask], files: Files, targets: list[data.Target] | None
-) -> int:
-    """SGPO's first phase, OUT/improver: the start, fine-tuned to improve its own answers, to
-    targets where they are given. Returns the steps it took."""
+def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files: Files) -> int:
+    """SGPO's first phase, OUT/improver: the start, fine-tuned to improve its own answers. Returns
+    the steps it took."""
     folder, note = files.final.with_name("improver"), files.final.with_name("improver_filter.json")
     if folder.exists():
         return int(lm.read_json(note)["steps"])
-    how: dict[str, Any] = {"lr": [c.improver_lr], "epochs": c.improver_epochs, "steps": None}
-    alone = dataclasses.replace(c, method="sft", loss=None, **how)
+    alone = dataclasses.replace(c, method="sft", loss=None, lr=[c.improver_lr], steps=None)
+    alone.epochs = c.improver_epochs
     learner = Learner(alone, start, files.tokenizer, files.ranks)
-    if targets is None:
-        targets = obtain_targets(c, asks, learner, files.final.with_name("improver_targets.jsonl"))
-    rows, report = sgpo.improver_rows(targets, asks, learner)
+    targets = read.get("--target-source") or obtain_targets(c, read["--data"], learner)
+    rows, report = sgpo.improver_rows(targets, read["--data"], learner)
     source = sapo.SFT(rows, learner)
     if files.ranks.first:
         told = f"{report['targets']} targets, and {report['too_long']} too long; "
@@ -1298,15 +1264,14 @@ def train_improver(
     return source.bounds[-1]
 
 
-def obtain_targets(
-    c: Config, asks: Sequence[sgpo.Ask], learner: Learner, path: Path
-) -> list[data.Target]:
+def obtain_targets(c: Config, asks: list[sgpo.Ask], learner: Learner) -> list[data.Target]:
     """What phase 1 learns from. OUT/improver_targets.jsonl has a row for each draft, written as
     soon as it is known, and what is in the file is not asked for again."""
+    path = Path(c.out) / "improver_targets.jsonl"
     drafts = [ask for ask in asks for _ in range(c.responses_per_prompt)]
     prompts = [sgpo.as_prompt(example.messages) for example, _ in drafts]
     known: dict[int, dict[str, Any]] = {}
-    for number, (_, row) in enumerate(json_lines(path), 1):
+    for number, row in enumerate(json_lines(path), 1):
         i, texts = row.get("index"), (row.get("response"), row.get("improved") or "")
         if type(i) is not int or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: row {number} is no target of a run; remove it")
