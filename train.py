@@ -490,8 +490,8 @@ class Files:
                     rows = (row for row in json_lines(path) if row.get(key, most + 1) <= most)
                     write_rows(path, rows)
             if learner.config.resume:
-                afresh = "no checkpoint yet: starting afresh"
-                print(f"resuming after step {self.before + done}" if done else afresh)
+                told = f"resuming after step {self.before + done}"
+                print(told if done else "no checkpoint yet: starting afresh")
         return done
 
     def save_model(self, model: Transformer, folder: Path, dtype: torch.dtype) -> None:
@@ -671,8 +671,8 @@ class Ranks:
             self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
 
     def build(self, folder: Path, c: Config, role: str) -> Transformer:
-        """Loads the policy, the EMA or the reference, each rank its shard: fp32, but the matrices of
-        the reference are as they would be rounded for each product. The order is checkpointing,
+        """Loads the policy, the EMA or the reference, each rank its shard, in fp32, but the
+        reference's matrices as they would be rounded for each product. The order is checkpointing,
         compilation, sharding, and only then memory and weights."""
         model = outline(folder)
         model.compute_dtype = torch.bfloat16 if c.precision == "bf16" else None
@@ -779,15 +779,13 @@ class Ranks:
 
 
 # -------------------------------------------------------------------------------------- the flags
+# In these classes the string under a field is its help. [code] is the official SAPO code, [spin]
+# that of SPIN, [ours] our own choice.
 
 
 @dataclass
 class RunFlags:
-    """The run, its model and its data.
-
-    In all of these classes the string under a field is its help. [code] is the official SAPO code,
-    [spin] that of SPIN, [ours] our own choice.
-    """
+    """The run, its model and its data."""
 
     method: Literal["sft", "dpo", "orpo", "spin", "sapo", "sgpo"] = "sapo"
     "where the pairs come from"
@@ -1014,8 +1012,7 @@ def check(c: Config) -> Config:
 
 
 def target_server(c: Config) -> data.TargetServer | None:
-    """The server of --target-source, where that is a URL. Raises InputError for a URL or a key that
-    cannot be right."""
+    """The server of --target-source, where that is a URL. InputError for a wrong one or its key."""
     url, key = (c.target_source or "").rstrip("/"), os.environ.get("OPENAI_API_KEY", "").strip()
     if c.method != "sgpo" or not url.startswith(("http://", "https://")):
         return None
@@ -1070,16 +1067,15 @@ def run(c: Config, ranks: Ranks) -> None:
         return
     saved = lm.read_json(out / "args.json") if c.resume and (out / "args.json").is_file() else {}
     c.date = c.date or saved.get("date", datetime.datetime.now().isoformat(timespec="seconds"))
+    date = datetime.datetime.fromisoformat(c.date or "")
     with tempfile.TemporaryDirectory() as folder:
-        if c.model is None:
-            data.write_task_tokenizer(folder)
-        date = datetime.datetime.fromisoformat(c.date or "")
+        data.write_task_tokenizer(folder)
         tokenizer = data.load_tokenizer(c.model or folder, c.chat_template, date)
-    if c.model:
-        sample.check_vocabulary(tokenizer, outline(Path(c.model)), Path(c.model))
-    read, counts = read_rows(c, tokenizer)
-    rows = read.get("--preference-data") or [row for _, row in read["--data"]]
     source, start = SOURCES[c.method][0], Path(c.model) if c.model else out / "start"
+    if c.model:
+        sample.check_vocabulary(tokenizer, outline(start), start)
+    read, counts = read_rows(c, tokenizer)
+    rows = read.get("prompts") or [row for _, row in read["--data"]]
     steps = source.schedule(len(rows), c)[-1]
     told = f"method {c.method}, loss {c.loss or 'nll'}, model {c.model or 'built-in'}, "
     told += f"{len(rows)} rows, {steps} steps, rate {' '.join(map(str, c.lr))}, {c.optimizer}, "
@@ -1144,11 +1140,11 @@ def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]
         if c.target_source not in ("gold", "tasks") and target_server(c) is None:
             read["--target-source"] = data.load_targets(c.target_source or "")
     if c.method == "sgpo":
-        read["--preference-data"] = asks(c.preference_data or c.data, 1024)
+        read["prompts"] = asks(c.preference_data or c.data, 1024)
     if c.model:  # a file's beginning says of each tensor the name, type, shape and place
         files = sorted(Path(c.model).glob("*.safetensors"))
         heads = [(file.name, file.stat().st_size, file.open("rb").read(2**20)) for file in files]
-        read["weights in --model"] = [lm.read_json(Path(c.model) / "config.json"), *heads]
+        read["weights in --model"] = [(Path(c.model) / "config.json").read_bytes(), *heads]
     return read, told
 
 
@@ -1202,8 +1198,7 @@ START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in
 
 
 def sft(c: Config, start: Path, examples: list[data.Example], files: Files, **how: Any) -> None:
-    """Fine-tunes on built-in rows, as the start and the control are made. `how`: other settings
-    than this run's."""
+    """Fine-tunes on built-in rows, as the start and the control are made, with other settings."""
     alone = dataclasses.replace(c, method="sft", loss=None, **how)
     limits = (alone.max_length, alone.max_prompt_length or 0)
     _, rows, _ = data.encode_examples(examples, files.tokenizer, *limits)
@@ -1212,10 +1207,8 @@ def sft(c: Config, start: Path, examples: list[data.Example], files: Files, **ho
 
 
 def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:
-    """Makes the built-in start: random weights, then SFT on answers of mixed quality.
-
-    REWRITE_SHARE of the rows ask for a draft to be rewritten, which SGPO's improver builds on.
-    """
+    """Makes the built-in start: random weights, then SFT on answers of mixed quality, and on drafts
+    that are to be rewritten, which SGPO's improver builds on."""
     blank = start.with_name(".blank")
     if ranks.first:
         print("pre-training the built-in start", flush=True)
