@@ -665,8 +665,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.world > 1:  # a lost rank is missed after half an hour, but where one works alone
             minutes, device = datetime.timedelta(minutes=30), self.device if cuda else None
-            backend = "nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=minutes, device_id=device)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=minutes, device_id=device)
             self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
             self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
 
@@ -1152,13 +1151,13 @@ def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, 
     """Takes --out for this run, or on resume checks that the run in it was started alike."""
     out, now = Path(c.out), dataclasses.asdict(c)
     found = {name: functools.reduce(hash_seed, rows, 0) for name, rows in read.items()}
-    made = (
+    own = (
         "start control metrics.jsonl final checkpoints improver improver_targets.jsonl pairs.jsonl"
     )
     for path in out.iterdir() if out.is_dir() else ():
         if path.is_symlink():
             raise InputError(f"--out {out} holds a symbolic link, {path.name}: take another folder")
-    taken = [name for name in made.split() if (out / name).exists()]
+    taken = [name for name in own.split() if (out / name).exists()]
     if taken and not c.resume:
         raise InputError(f"--out {out} holds {taken[0]} of another run: --resume or another folder")
     if taken and not saved:
@@ -1167,7 +1166,7 @@ def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, 
     if other:
         told = ", ".join(f"--{k.replace('_', '-')} was {saved.get(k)}" for k in other)
         raise InputError(f"--resume with other flags than {out} was started with: {told}")
-    for name in [name for name in found if saved and saved["inputs"].get(name) != found[name]]:
+    for name in [name for name in found if saved.get("inputs", found).get(name) != found[name]]:
         raise InputError(f"--resume with another {name} than {out} was started with")
     for name in [name for name in ("steps", "epochs") if saved and saved[name] != now[name]]:
         say(f"warning: --{name} was {saved[name]} and is {now[name]}: the schedule bends")
