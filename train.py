@@ -472,8 +472,8 @@ class Files:
                 say(f"warning: {folder} is not whole, and left out: {error}")
                 continue
             done = number - self.before
-            if done > source.bounds[-1]:
-                raise InputError(f"--steps {source.bounds[-1]}, but {folder} is beyond that")
+            if done > (end := source.bounds[-1]):
+                raise InputError(f"--steps {end}, but {folder} is beyond that already")
             lm.load_weights(parameters, folder / "policy", self.ranks.place)
             learner.load_state_dict(tree)
             own = {n.removeprefix("source."): tree[n] for n in tree if n.startswith("source.")}
