@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from sapo import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -32,10 +33,12 @@ def script(name: str) -> Any:
     return module
 
 
-def metrics(out: Path, timings: bool = False) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
+TIMINGS = ("seconds", "tokens_per")
+
+
+def metrics(out: Path, left_out: tuple[str, ...] = TIMINGS) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, without what begins with some prefixes."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    left_out = () if timings else ("seconds", "tokens_per")
     return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in rows]
 
 
@@ -44,12 +47,11 @@ def weights(out: Path, name: str = "final") -> dict[str, torch.Tensor]:
     return load_file(out / name / "model.safetensors")
 
 
-def same(one: Path, other: Path, names: Sequence[str] = ("final",)) -> None:
+def same(one: Path, other: Path, left_out: tuple[str, ...] = TIMINGS) -> None:
     """The same rows and the same weights, to the bit."""
-    assert metrics(one) == metrics(other)
-    for name in names:
-        a, b = weights(one, name), weights(other, name)
-        assert all(torch.equal(a[key], b[key]) for key in b)
+    assert metrics(one, left_out) == metrics(other, left_out)
+    a, b = weights(one), weights(other)
+    assert all(torch.equal(a[key], b[key]) for key in b)
 
 
 def alike(one: Path, other: Path, names: Sequence[str] = ("final",)) -> None:
@@ -77,16 +79,15 @@ def torchrun(world: int, flags: Sequence[object]) -> subprocess.CompletedProcess
     )
 
 
-def cut(flags: Sequence[str], here: Callable[[train.Trainer, int], bool]) -> None:
-    """Runs train.py until a step t of a trainer of which `here` is true, and kills it before it."""
-    step = train.Trainer.step
+def cut(flags: Sequence[str], here: Callable[[Source, int], bool]) -> None:
+    """Runs train.py until a step t of a source of which `here` is true, and kills it before it."""
 
-    def killed(self: train.Trainer, t: int) -> dict[str, float]:
-        if here(self, t):
+    def killed(c: Any, learner: Any, source: Source, t: int, real: Any = train.step) -> Any:
+        if here(source, t):
             raise SystemExit
-        return step(self, t)
+        return real(c, learner, source, t)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "step", killed)
+        patch.setattr(train, "step", killed)
         with pytest.raises(SystemExit):
             train.main(flags)

@@ -18,7 +18,6 @@ from safetensors.numpy import load_file
 import train
 from data import Pair
 
-
 MAKE = runpy.run_path(str(GOLDEN / "make.py"))
 NAMES = list(MAKE["RUNS"])
 
