@@ -88,10 +88,10 @@ def torchrun(
     return subprocess.CompletedProcess(launch, process.returncode, out, err)
 
 
-def until(ready: Callable[[], bool]) -> None:
+def until(ready: Callable[..., bool], *about: Any) -> None:
     """Waits for what another process does."""
     for _ in range(6000):
-        if ready():
+        if ready(*about):
             return
         time.sleep(0.01)
     raise AssertionError("nothing came within a minute")

@@ -94,7 +94,7 @@ def test_a_transformers_loop_fed_with_the_pairs_gets_the_same_numbers(name: str)
         weight = 1.0 if args["loss"] == "orpo" or alone[t] else args["nll_weight"]
         loss = torch.zeros(())
         for i in places:
-            prompt, chosen, rejected = pairs[i]
+            prompt, chosen, rejected, _ = pairs[i]
             if alone[t]:
                 loss = loss - logps(policy, prompt, chosen).sum() / tokens
                 continue

@@ -296,7 +296,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
         command = [sys.executable, str(ROOT / "train.py"), *flags("sapo", out, *resume)]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         if kills < 4:
-            until(lambda p=process, seen=size(): p.poll() is not None or size() > seen)
+            until(lambda p, seen: p.poll() is not None or size() > seen, process, size())
             time.sleep(0.02 * kills)  # until something new is logged, and a moment longer
             process.kill()
             kills += 1
@@ -393,12 +393,12 @@ def test_a_symbolic_link_leads_no_write_outside(
     out, victim = tmp_path / "run", tmp_path / "victim"
     out.mkdir()
     victim.mkdir()
-    (victim / "kept").write_text("mine")
+    (victim / "kept").write_text("{}")
     (out / name).symlink_to(victim / "kept" if "." in name[1:] else victim)
     assert train.main(flags("sapo", out, "--resume")) == 2
     assert "symbolic link" in capsys.readouterr().err
     assert [path.name for path in victim.iterdir()] == ["kept"]
-    assert (victim / "kept").read_text() == "mine"
+    assert (victim / "kept").read_text() == "{}"
 
 
 def losing(patch: pytest.MonkeyPatch, value: float, steps: Collection[int]) -> None:
@@ -481,8 +481,7 @@ def test_reference_log_probs_of_pairs_that_cannot_come_again_are_not_kept(
         len(load_file(step / "state/model.safetensors")["known.keys"])
         for step in (out / "checkpoints").iterdir()
     ]
-    assert max(kept) <= most
-    assert min(kept) > 0 or name.startswith("sapo")
+    assert most / 2 <= max(kept) <= most
 
 
 GRADIENTS = """

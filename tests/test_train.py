@@ -230,7 +230,7 @@ def test_micro_batches_do_not_change_the_gradient(
 ) -> None:
     assert run(*usual, "--micro-batch-size", 1, "--nll-weight", 0) == 0
     one, other = weights(tmp_path / "run"), weights(sapo_run)
-    assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in other)
+    assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in other)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
