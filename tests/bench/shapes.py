@@ -133,7 +133,8 @@ class Machine(train.Ranks):
 
     def __init__(self, device: str, one: bool = False) -> None:
         super().__init__()
-        self.device, self.one = torch.device(device), one
+        # Device "cuda" is not "cuda:0", and a model that is there already would be copied.
+        self.device, self.one = torch.device(device, 0 if device == "cuda" else None), one
 
     def build(self, folder: Path, config: train.Config, role: str) -> lm.Transformer:
         """As the product does, but for `one`."""
