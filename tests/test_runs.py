@@ -63,26 +63,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @contextmanager
-def interrupted(at: int, how: Callable[[], object], where: Any = train, name: str = "step") -> Any:
-    """Has `how()` called in the at-th call of a function, by default the step, in any phase."""
+def interrupted(at: int, *signals: int, where: Any = train, name: str = "step") -> Iterator[None]:
+    """Sends signals, or ends all, before the at-th call of a function: the step, in any phase."""
     real, count = getattr(where, name), itertools.count(1)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if next(count) == at:
-            how()
+            for number in signals:
+                signal.raise_signal(number)
+            if not signals:
+                raise SystemExit
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(where, name, wrapped)
         yield
-
-
-def leave() -> None:
-    raise SystemExit
-
-
-def kill(*signals: int) -> Callable[[], None]:
-    return lambda: [os.kill(os.getpid(), number) for number in signals] and None
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -93,7 +88,7 @@ def test_every_method_resumes_to_the_bit_from_wherever_it_was_cut(
     out, resume, cuts = tmp_path / "run", [], 0
     while not (out / "final").exists():
         try:
-            with interrupted(2 + cuts % 3, leave):
+            with interrupted(2 + cuts % 3):
                 assert train.main(flags(name, out, *resume)) == 0
         except SystemExit:
             cuts += 1
@@ -103,20 +98,18 @@ def test_every_method_resumes_to_the_bit_from_wherever_it_was_cut(
     same(out, whole(name))
 
 
+TERM, INT = signal.SIGTERM, signal.SIGINT
+
+
 @pytest.mark.parametrize(
     ("name", "at", "number"),
-    [
-        ("sapo", 3, signal.SIGTERM),
-        ("sgpo", 2, signal.SIGTERM),
-        ("sgpo", 4, signal.SIGINT),
-        ("spin", 5, signal.SIGINT),
-    ],
+    [("sapo", 3, TERM), ("sgpo", 2, TERM), ("sgpo", 4, INT), ("spin", 5, INT)],
 )
 def test_a_signal_saves_first_and_the_resumed_run_is_the_same(
     name: str, at: int, number: int, whole: Any, tmp_path: Path, capsys: Any
 ) -> None:
     out, before = tmp_path / "run", signal.getsignal(number)
-    with interrupted(at, kill(number)):
+    with interrupted(at, number):
         assert train.main(flags(name, out, "--save-every", 0)) == 143
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{at}"]
     assert capsys.readouterr().err == f"stopped after step {at}; --resume goes on\n"
@@ -128,12 +121,12 @@ def test_a_signal_saves_first_and_the_resumed_run_is_the_same(
 def test_a_second_sigint_interrupts_but_not_where_torchrun_sends_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with interrupted(2, kill(signal.SIGINT, signal.SIGINT)):
+    with interrupted(2, INT, INT):
         with pytest.raises(KeyboardInterrupt):
             train.main(flags("sft", tmp_path / "one"))
         assert not (tmp_path / "one" / "checkpoints").exists()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    with interrupted(2, kill(signal.SIGINT, signal.SIGINT)):
+    with interrupted(2, INT, INT):
         assert train.main(flags("sft", tmp_path / "other")) == 143
     assert (tmp_path / "other" / "checkpoints" / "step-2").exists()
 
@@ -142,7 +135,7 @@ def test_a_second_sigint_interrupts_but_not_where_torchrun_sends_both(
 def test_a_signal_to_torchrun_leaves_a_checkpoint(send: Any, tmp_path: Path) -> None:
     """SIGTERM to torchrun alone, and SIGINT to all processes, as a terminal sends Ctrl-C."""
     out = tmp_path / "run"
-    number = signal.SIGTERM if send is os.kill else signal.SIGINT
+    number = TERM if send is os.kill else INT
 
     def stop(pid: int) -> None:
         until((out / "metrics.jsonl").exists)
@@ -167,7 +160,7 @@ def test_what_is_generated_before_a_signal_is_kept_and_nothing_is_written_twice(
         return real(*args, seed=seed, **how)
 
     monkeypatch.setattr(lm, "generate", generate)
-    with interrupted(at, kill(signal.SIGTERM), lm, "generate"):
+    with interrupted(at, TERM, where=lm, name="generate"):
         assert train.main(flags("sgpo", out, "--save-every", 0)) == 143
     assert capsys.readouterr().err == "stopped while answers were generated; --resume goes on\n"
     kept = (out / ".generated.jsonl").read_text().splitlines()
@@ -196,21 +189,17 @@ def widen(file: Path) -> None:
     save_file({key: value.float() for key, value in load_file(file).items()}, file)
 
 
-def blank(file: Path) -> None:
-    file.write_text(file.read_text() + "\n")
-
-
-OTHERS: dict[str, tuple[str, str, Callable[[Path], None]]] = {  # method, what is named, the change
-    "nothing": ("sgpo", "", lambda folder: None),
-    "rows": ("sapo", "--data", lambda folder: shorten(folder / "data.jsonl")),
-    "gold rows": ("sgpo", "--data", lambda folder: shorten(folder / "data.jsonl")),
-    "held-out": ("sapo", "--eval-data", lambda folder: shorten(folder / "eval.jsonl")),
-    "prompts": ("sgpo", "prompts", lambda folder: shorten(folder / "prompts.jsonl")),
-    "targets": ("sgpo", "--target-source", lambda folder: shorten(folder / "targets.jsonl")),
-    "template": ("sapo", "tokenizer or chat template", lambda folder: renew(folder / "model", "a")),
-    "tokenizer": ("sapo", "tokenizer", lambda folder: blank(folder / "model/tokenizer.json")),
-    "weights": ("sapo", "weights", lambda folder: widen(folder / "model/model.safetensors")),
-    "config": ("sapo", "weights", lambda folder: blank(folder / "model/config.json")),
+OTHERS: dict[str, tuple[str, str, Callable[[Path], object]]] = {  # method, name, change
+    "nothing": ("sgpo", "", lambda f: None),
+    "rows": ("sapo", "--data", lambda f: shorten(f / "data.jsonl")),
+    "gold rows": ("sgpo", "--data", lambda f: shorten(f / "data.jsonl")),
+    "held-out": ("sapo", "--eval-data", lambda f: shorten(f / "eval.jsonl")),
+    "prompts": ("sgpo", "prompts", lambda f: shorten(f / "prompts.jsonl")),
+    "targets": ("sgpo", "--target-source", lambda f: shorten(f / "targets.jsonl")),
+    "template": ("sapo", "tokenizer or chat template", lambda f: renew(f / "model", "a")),
+    "tokenizer": ("sapo", "tokenizer", lambda f: (f / "model/tokenizer.json").open("a").write(" ")),
+    "weights": ("sapo", "weights", lambda f: widen(f / "model/model.safetensors")),
+    "config": ("sapo", "weights", lambda f: (f / "model/config.json").open("a").write(" ")),
 }
 
 
@@ -485,28 +474,25 @@ def test_reference_log_probs_of_pairs_that_cannot_come_again_are_not_kept(
 
 
 GRADIENTS = """
-import sys, torch, train
+import sys, train
 from pathlib import Path
 from data import Pair
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
-start, out = sys.argv[1:]
 c = train.parse_args("--data x --micro-batch-size 1 --activation-checkpointing --loss orpo".split())
 ranks = train.Ranks()
-learner = train.Learner(c, Path(start), None, ranks)
+learner = train.Learner(c, Path(sys.argv[1]), None, ranks)
 held, shares = [], learner.shares
 
 def watched(pairs):
     for share in shares(pairs):
         yield share  # resumed behind the micro-batch
-        sizes = [train.local(p.grad).nbytes for p in learner.policy.parameters()]
+        grads = [train.local(p.grad) for p in learner.policy.parameters()]
         for module in learner.policy.modules() if ranks.world > 1 else ():
             group = getattr(module, "_get_fsdp_state", lambda: None)()
             for param in group._fsdp_param_group.fsdp_params if group else ():
-                grads = (param.unsharded_accumulated_grad, param._unsharded_param.grad)
-                sizes += [grad.nbytes for grad in grads if grad is not None]
-        held.append(sum(sizes))
+                grads += [param.unsharded_accumulated_grad, param._unsharded_param.grad]
+        held.append(sum(grad.nbytes for grad in grads if grad is not None))
 
 learner.shares = watched
 pairs = [Pair([*range(9)], [*range(n, 40)], [*range(n, 60)]) for n in (10, 15, 20, 25, 30, 35)]
@@ -514,7 +500,7 @@ learner.score(pairs, 0, learn=True)
 print("held", ranks.rank, max(held))
 grads = {name: ranks.whole(p.grad) for name, p in learner.policy.named_parameters()}
 if ranks.first:
-    save_file(grads, out)
+    save_file(grads, sys.argv[2])
 """
 
 
