@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,18 +66,35 @@ def alike(one: Path, other: Path, names: Sequence[str] = ("final",)) -> None:
         assert all(torch.allclose(a[key], b[key], atol=2e-4) for key in b)
 
 
-def torchrun(world: int, flags: Sequence[object]) -> subprocess.CompletedProcess[str]:
-    """train.py on so many processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += [f"--nproc_per_node={world}", str(ROOT / "train.py")]
-    return subprocess.run(
-        [*launch, *map(str, flags)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
+def torchrun(
+    world: int,
+    flags: Sequence[object],
+    program: Path = ROOT / "train.py",
+    then: Callable[[int], object] = lambda pid: None,
+) -> subprocess.CompletedProcess[str]:
+    """A program on so many processes; `then` is called with torchrun's process id meanwhile."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown-timeout"]
+    launch += ["60", f"--nproc_per_node={world}", str(program), *map(str, flags)]
+    process = subprocess.Popen(
+        launch,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
+        start_new_session=True,
     )
+    then(process.pid)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(launch, process.returncode, out, err)
+
+
+def until(ready: Callable[..., bool], *about: Any) -> None:
+    """Waits for what another process does."""
+    for _ in range(6000):
+        if ready(*about):
+            return
+        time.sleep(0.01)
+    raise AssertionError("nothing came within a minute")
 
 
 def cut(flags: Sequence[str], here: Callable[[Source, int], bool]) -> None:
