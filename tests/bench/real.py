@@ -40,7 +40,7 @@ ARMS = {
     "sft": "--method sft",
     "sapo-dpo": "--method sapo",
     "sapo-orpo": "--method sapo --loss orpo",
-    "spin": "--method spin --iterations 2",
+    "spin": "--method spin --rounds 2",
     "sgpo-gold": "--method sgpo --target-source gold --improver-epochs 1",
 }
 # Seconds of a step with the defaults, for the estimate alone: half of the CPU time that one thread

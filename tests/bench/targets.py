@@ -9,6 +9,7 @@ responses as targets, and prints a table of what came of both.
 
 import argparse
 import json
+import math
 import re
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import judge  # noqa: E402
 from smollm2 import smollm2_folder  # noqa: E402
 
 
@@ -69,7 +71,8 @@ def run(args: argparse.Namespace, folder: Path, rows: Path, out: Path, *more: st
     report = json.loads((out / "improver_filter.json").read_text())
     logged = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     told = next(row for row in logged if "improve/pairs" in row)
-    rate = re.findall(r"([\d.]+) requests/s", done.stdout)
+    gold = judge.judge(out)[0]
+    rate = re.findall(r"targets \d+/\d+ ([\d.]+)/s", done.stdout)
     words = [len(x["improved"].split()) for x in lines if x["improved"]]
     drafts = [len(x["response"].split()) for x in lines]
     return [
@@ -80,8 +83,8 @@ def run(args: argparse.Namespace, folder: Path, rows: Path, out: Path, *more: st
         f"{report['q1']:.2f} {report['median']:.2f} {report['q3']:.2f}",
         f"{report['dropped']} beyond {report['fence']:.2f}",
         f"{told['improve/pairs']:.0f} pairs, {100 * told['improve/identical']:.0f}% identical",
-        f"{100 * told.get('improve/gold_better', float('nan')):.0f}%",
-        f"{told.get('improve/gold_gain', float('nan')):+.3f}",
+        f"{100 * gold.get('gold_better', math.nan):.0f}%",
+        f"{gold.get('gold_gain', math.nan):+.3f}",
         f"{logged[-1]['rewards/margins']:+.4f}",
         f"{time.perf_counter() - began:.0f}",
     ]
@@ -103,8 +106,7 @@ def main() -> None:
         rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
         with serving(folder, Path(place) / "server.log") as url:
             asked = ("--target-source", url, "--target-model", str(folder))
-            asked += ("--target-workers", "2", "--target-timeout", "600")
-            asked += ("--target-max-tokens", str(2 * args.max_new_tokens))
+            asked += ("--target-workers", "2")
             columns = [run(args, folder, rows, Path(place) / "server", *asked)]
         columns.append(run(args, folder, rows, Path(place) / "gold", "--target-source", "gold"))
     names = [
