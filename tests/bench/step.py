@@ -121,7 +121,7 @@ class Bench:
             scored = sum(len(p.chosen + p.rejected) - n for p, n in zip(pairs, same, strict=True))
             count = scored + sum(len(p.prompt) for p in pairs)
         else:
-            width = max(len(p.prompt) + max(map(len, p[1:])) for p in pairs)
+            width = max(len(p.prompt) + max(map(len, p[1:3])) for p in pairs)
             count = scored = 2 * len(pairs) * width
         work = self.shape.body * count + self.shape.head * scored
         return (8.0 if state == "fresh" else 6.0) * work
