@@ -72,10 +72,11 @@ class Runs:
         folder.mkdir(parents=True, exist_ok=True)
         for file, (said, out) in made.items():
             if not file.exists():
+                if (out / "args.json").exists():  # it was cut, and has its first step's trace
+                    said = re.sub(r" --trace \S+", "", said) + " --resume"
                 words = ["train.py", *said.split(), "--seed", str(seed), "--out", str(out)]
                 print("python", *words, flush=True)
-                words = [sys.executable, *words, "--resume"]
-                subprocess.run(words, cwd=FOLDER.parents[2], check=True)
+                subprocess.run([sys.executable, *words], cwd=FOLDER.parents[2], check=True)
 
     def curves(self, run: str, phase: str, key: str) -> list[list[tuple[float, float]]]:
         """For each seed (last step in the phase, mean) of each BIN rows of metrics.jsonl."""
