@@ -5,41 +5,53 @@
     answers = generate(model, [[1, 2, 3]], max_new_tokens=16)     # new tokens only
     chosen, rejected, n_chosen, n_rejected = pair_logprobs(model, pairs)
 
-The parameters carry Hugging Face's names, so weights load and save without renaming.
+The parameters carry Hugging Face's names. This file knows nothing of training, and nothing of
+`torch.distributed`; behind `generate`, where a reader may stop, are config.json and weights.
 
-One stack of blocks serves three uses. What differs between them is a `Layout`: which position a
-token has, which tokens it sees, and where the head is needed.
+One stack of blocks serves three uses, always on one row of T tokens without padding. They differ
+in the layout: which position a token has, which tokens it sees, and what is read out.
 
-    Layout     plain rows: each token sees itself and what is before it; logits everywhere
-    Packed     sequences of any lengths, one behind the other in one row
+    Packed     sequences of any lengths, one behind the other; logits everywhere
     Branches   training: of each pair the common prefix once, and two tails that branch from it
-    Prompts    generation: the prompts, whose keys and values fill a static cache
-    Cache      generation: one token more in each row
+    Cache      generation: first the prompts, packed, then one token more in each row
 
-This file knows nothing of training, and nothing of `torch.distributed`.
-
-Shapes: B rows, T tokens, S stored keys, V vocabulary, D hidden size, H query heads, K key-value
-heads, G = H / K, E head size, N pairs, M scored tokens. A suffix spells a shape: q_BHTE.
+Shapes: B rows, T tokens, S stored or seen keys, V vocabulary, D hidden size, H query heads, K
+key-value heads, G = H / K, E head size, N pairs, M scored tokens. A suffix spells a shape: q_THE.
 """
 
+from __future__ import annotations
+
 import hashlib
+import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
-from typing import Annotated, Any
-from contextlib import contextmanager
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
+
+# ------------------------------------------------------------------------- what all files share
+
+# Values of flags, and of a config.json: what type, from where to where.
+Count = Annotated[int, 1, 10**9]
+Whole = Annotated[int, 0, 10**9]
+Positive = Annotated[float, 1e-30, 1e6]
+Weight = Annotated[float, 0.0, 1e6]
+Share = Annotated[float, 0.0, 1.0]
+Size = Annotated[int, 1, 2**22]  # no product of two of them overflows
+Real = Annotated[float, 1e-30, 1e18]
+Flag = Annotated[bool, False, True]
 
 
 class InputError(ValueError):
@@ -55,216 +67,27 @@ def hash_seed(*parts: Any) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-Count = Annotated[int, 1, 10**9]
-Whole = Annotated[int, 0, 10**9]
-Positive = Annotated[float, 1e-30, 1e6]
-Weight = Annotated[float, 0.0, 1e6]
-Share = Annotated[float, 0.0, 1.0]
-
-
 @contextmanager
-def reading(what):
+def reading(what: object) -> Iterator[None]:
+    """Whatever a malformed foreign file raises becomes one InputError. Put it around parsing alone:
+    what a bug raises would be the file's fault."""
     try:
         yield
     except InputError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
+    except FileNotFoundError:
+        raise InputError(f"{what} is missing") from None
+    except Exception as error:
         raise InputError(f"{what} is malformed ({type(error).__name__}: {error})") from None
-
-
-class Tensors(Mapping):
-    def __init__(self, folder):
-        self.files = weight_files(Path(folder))
-
-    def __getitem__(self, name):
-        return _read(self.files[name], name)
-
-    def __iter__(self):
-        return iter(self.files)
-
-    def __len__(self):
-        return len(self.files)
-
-
-# ------------------------------------------------------------------------------------ the config
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-FAMILIES: dict[str, dict[str, Any]] = {  # what a config.json of the family may leave out
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False}
-    | {"max_window_layers": 28},
-}
-# Keys that change the logits, and are read; then those that do not change them (no dropout here).
-COMPUTED = """model_type vocab_size hidden_size intermediate_size num_hidden_layers head_dim
-    num_attention_heads num_key_value_heads rms_norm_eps hidden_act tie_word_embeddings rope_theta
-    rope_scaling rope_parameters layer_types""".split()  # noqa: SIM905
-INERT = """architectures auto_map bos_token_id eos_token_id pad_token_id unk_token_id torch_dtype
-    dtype transformers_version use_cache initializer_range max_position_embeddings model_max_length
-    max_sequence_length tokenizer_class pretraining_tp attention_dropout max_window_layers
-    sliding_window return_dict id2label label2id transformers.js_config is_llama_config
-    unsloth_version unsloth_fixed task_specific_params chunk_size_feed_forward problem_type
-    finetuning_task num_labels name_or_path keys_to_ignore_at_inference license torchscript
-    do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences
-    max_length length_penalty repetition_penalty""".split()  # noqa: SIM905
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPES = {"default": (), "linear": ("factor",), "llama3": LLAMA3}  # what each rope_type needs
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding (arXiv 2104.09864), with the scalings of Llama 2 and 3.1."""
-
-    rope_theta: float = 10000.0
-    kind: str = "default"  # or "linear", "llama3"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: float = 8192.0  # tokens
-
-
-@dataclass(frozen=True, eq=False)
-class Config:
-    """What a Hugging Face `config.json` says of the computation; `raw` is the file itself."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    tied: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    windows: tuple[int | None, ...]  # per layer: a token sees this many tokens, itself included
-    rope: Rope
-    raw: dict[str, Any] = field(repr=False)
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], where: str = "config") -> "Config":
-        """Reads transformers 4's keys and 5's. Raises InputError naming what is not implemented."""
-        family = raw.get("model_type")
-        if not isinstance(family, str) or family not in FAMILIES:
-            raise InputError(f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
-        for key, value in raw.items():
-            off = value in (None, False, "", [], {}) or key.startswith("_")
-            off = off or (key == "partial_rotary_factor" and value == 1)
-            if not off and key not in [*COMPUTED, *INERT, *FAMILIES[family]]:
-                raise InputError(f"{where}: key {key!r} is not implemented for {family}")
-        known = {"hidden_act": "silu", "rms_norm_eps": 1e-6, **FAMILIES[family], **raw}
-
-        def read(key: str, fits: Callable[[Any], bool], wanted: str, default: Any = None) -> Any:
-            value = known.get(key, default)
-            if not fits(value):
-                raise InputError(f"{where}: {key} is {value!r}, not {wanted}")
-            return value
-
-        def size(key: str, most: int = 2**22) -> int:  # no product of two sizes overflows
-            fits = partial(_is_whole, most=most)
-            return read(key, fits, f"a whole number from 1 to {most}")
-
-        def flag(key: str) -> bool:
-            return read(key, lambda value: type(value) is bool, "true or false", default=False)
-
-        heads, hidden = size("num_attention_heads"), size("hidden_size")
-        if heads > hidden:
-            raise InputError(f"{where}: num_attention_heads {heads} exceeds hidden_size {hidden}")
-        for key, value in (("num_key_value_heads", heads), ("head_dim", hidden // heads)):
-            known[key] = value if known.get(key) is None else known[key]
-        kv_heads, head_dim = size("num_key_value_heads"), size("head_dim")
-        if heads % kv_heads or head_dim % 2 or heads * head_dim > 2**22:
-            raise InputError(
-                f"{where}: num_attention_heads {heads} must be a multiple of num_key_value_heads "
-                f"{kv_heads}, head_dim {head_dim} even, and heads x head_dim at most {2**22}"
-            )
-        read("hidden_act", lambda value: value in ("silu", "swish"), "'silu'")
-        return cls(
-            vocab_size=size("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=size("intermediate_size"),
-            num_layers=size("num_hidden_layers", 1024),
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            norm_eps=read("rms_norm_eps", lambda v: _is_positive(v) and v < 1, "between 0 and 1"),
-            tied=flag("tie_word_embeddings"),
-            qkv_bias=flag("attention_bias") or family == "qwen2",
-            o_bias=flag("attention_bias"),
-            mlp_bias=flag("mlp_bias"),
-            windows=_windows(known, flag("use_sliding_window"), where),
-            rope=_rope(known, where),
-            raw=dict(raw),
-        )
-
-
-def _is_whole(value: Any, most: int) -> bool:
-    return type(value) is int and 0 < value <= most
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e18
-
-
-def _windows(known: Mapping[str, Any], used: bool, where: str) -> tuple[int | None, ...]:
-    """The sliding window of each layer: all of Mistral's, and those of Qwen2 that it says."""
-    family, layers = known["model_type"], known["num_hidden_layers"]
-    window, first = known.get("sliding_window"), 0
-    if family == "llama" or (family == "qwen2" and not used):
-        window = None
-    if window is not None and not _is_whole(window, 2**40):
-        raise InputError(f"{where}: sliding_window is {window!r}, not a positive number of tokens")
-    if window is not None and family == "qwen2":
-        first = known["max_window_layers"]
-        if type(first) is not int or first < 0:
-            raise InputError(f"{where}: max_window_layers is {first!r}, not a number of layers")
-    kinds = [FULL if window is None or i < first else SLIDING for i in range(layers)]
-    given = known.get("layer_types") or kinds
-    odd = not isinstance(given, list) or any(kind not in (FULL, SLIDING) for kind in given)
-    if odd or len(given) != layers:
-        raise InputError(f"{where}: layer_types is not {layers} times {FULL} or {SLIDING}")
-    if given != kinds and (family != "qwen2" or window is None):
-        raise InputError(f"{where}: layer_types do not agree with sliding_window {window}")
-    return tuple(window if kind == SLIDING else None for kind in given)
-
-
-def _rope(known: Mapping[str, Any], where: str) -> Rope:
-    """`rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (5)."""
-    both = [known[key] for key in ("rope_scaling", "rope_parameters") if known.get(key)]
-    given = both[0] if both else {}
-    if any(not isinstance(one, dict) or one != given for one in both):
-        raise InputError(f"{where}: rope_scaling and rope_parameters are not one equal object")
-    kind = given.get("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPES:
-        raise InputError(f"{where}: rope_type {kind!r} is not one of {', '.join(ROPES)}")
-    values: dict[str, Any] = {key: given.get(key) for key in ROPES[kind]}
-    values["rope_theta"] = given.get("rope_theta", known.get("rope_theta", 10000.0))
-    for key, value in values.items():
-        if not _is_positive(value):
-            raise InputError(f"{where}: {key} is {value!r}, not a positive number")
-    for key, value in given.items():
-        off = value in (None, False) or (key == "partial_rotary_factor" and value == 1)
-        if not off and key not in ("rope_type", "type", "rope_theta", *ROPES[kind]):
-            raise InputError(f"{where}: RoPE's key {key!r} is not implemented for {kind!r}")
-    rope = Rope(kind=kind, **values)
-    if rope.low_freq_factor >= rope.high_freq_factor:
-        raise InputError(f"{where}: RoPE's low_freq_factor is not below its high_freq_factor")
-    return rope
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError for a file that is missing or not that."""
-    try:
+    with reading(path):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
+        if not isinstance(value, dict):
+            raise TypeError(f"a {type(value).__name__}, not a JSON object")
+        return value
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -273,9 +96,9 @@ def read_json(path: Path) -> dict[str, Any]:
 class Transformer(nn.Module):
     """A decoder-only language model whose parameter names are Hugging Face's.
 
-    `compute_dtype` is the type of the activations, by default that of the weights: with fp32
-    weights and bf16 here, each matrix is rounded as it is used and its gradient arrives in fp32.
-    `checkpointing` recomputes each block in the backward pass in place of keeping its activations.
+    `compute_dtype` is the type of activations, by default that of the weights: with fp32 weights
+    and bf16 here, each matrix is rounded as it is used, and its gradient arrives in fp32. With
+    `checkpointing` a backward pass computes each block again, in place of keeping its activations.
     """
 
     def __init__(self, config: Config) -> None:
@@ -285,15 +108,16 @@ class Transformer(nn.Module):
         self.checkpointing = False
         self.model: Any = nn.ModuleDict()
         self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model["layers"] = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.model["norm"] = RMSNorm(config.hidden_size, config.norm_eps)
-        if not config.tied:  # a tied head has no parameter of its own, as in the saved files
+        blocks = (Block(config, i) for i in range(config.num_hidden_layers))
+        self.model["layers"] = nn.ModuleList(blocks)
+        self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:  # a tied head is no parameter, and in no saved file
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> "Transformer":
+    ) -> Transformer:
         """Loads a Hugging Face folder: config.json with one safetensors file, or shards."""
         config = Config.from_dict(read_json(Path(path) / "config.json"), f"{path}/config.json")
         with torch.device("meta"):
@@ -305,20 +129,17 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes config.json and safetensors (sharded above 5 GB) that transformers loads."""
-        parameters = dict(self.named_parameters())
         Path(path).mkdir(parents=True, exist_ok=True)
         write_config(path, self.config, self.dtype)
-        write_weights(path, parameters)
+        write_weights(path, dict(self.named_parameters()))
 
     def init_weights(self, seed: int) -> None:
         """Random weights from a seed: fan-in scaled, the residual writers by depth too."""
         generator = torch.Generator().manual_seed(hash_seed(seed, "init"))
-        depth = (2 * self.config.num_layers) ** -0.5
+        depth = (2 * self.config.num_hidden_layers) ** -0.5
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+            if parameter.dim() == 1:  # scales of a norm, or biases
+                parameter.data.fill_(float("norm" in name))
             else:
                 std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
                 std *= depth if "o_proj" in name or "down_proj" in name else 1
@@ -335,20 +156,21 @@ class Transformer(nn.Module):
         """The type of the weights."""
         return self.model["norm"].weight.dtype
 
-    def forward(self, tokens: Tensor, layout: "Layout | None" = None) -> Tensor:
-        """(B, T) int64 -> (B, T, V) logits; with a layout, what its `read` makes of the states."""
-        layout = Layout(tokens) if layout is None else layout
-        x_BTD = F.embedding(tokens, self.model["embed_tokens"].weight)
-        x_BTD = x_BTD.to(self.compute_dtype or x_BTD.dtype)
-        rotation = rotations(self.config, layout.positions, x_BTD.dtype)
-        layout.prepare(self.config.windows, x_BTD.dtype)
+    def forward(self, tokens: Tensor, layout: Packed | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, V) logits; with a layout, (T,) -> what its `read` gives."""
+        used = layout or Packed([tokens.shape[-1]] * len(tokens), [0] * len(tokens), tokens.device)
+        x_TD = F.embedding(tokens.flatten(), self.model["embed_tokens"].weight)
+        x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
+        rotation = rotations(self.config, used.positions, x_TD.dtype)
+        used.prepare(self.config, x_TD.dtype)
         for block in self.model["layers"]:
             if self.checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, rotation, layout, use_reentrant=False)
+                x_TD = checkpoint(block, x_TD, rotation, used, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, rotation, layout)
-        head = self.model["embed_tokens"] if self.config.tied else self.lm_head
-        return layout.read(self.model["norm"](x_BTD), head.weight)
+                x_TD = block(x_TD, rotation, used)
+        head = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
+        read = used.read(self.model["norm"](x_TD), head.weight)
+        return read if layout else read.unflatten(0, tokens.shape)
 
 
 class Block(nn.Module):
@@ -356,15 +178,15 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], layout: "Layout") -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, layout)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], layout: Packed) -> Tensor:
+        """(T, D) -> (T, D)."""
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, layout)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
 class Attention(nn.Module):
@@ -373,23 +195,19 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.layer, self.window, self.head_dim = layer, config.windows[layer], config.head_dim
-        hidden, wide = config.hidden_size, config.num_heads * config.head_dim
-        narrow = config.num_kv_heads * config.head_dim
+        hidden, wide = config.hidden_size, config.num_attention_heads * config.head_dim
+        narrow = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(hidden, wide, bias=config.qkv_bias)
         self.k_proj = Linear(hidden, narrow, bias=config.qkv_bias)
         self.v_proj = Linear(hidden, narrow, bias=config.qkv_bias)
-        self.o_proj = Linear(wide, hidden, bias=config.o_bias)
+        self.o_proj = Linear(wide, hidden, bias=config.attention_bias)
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], layout: "Layout") -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        q_BTHE, k_BTKE, v_BTKE = (
-            part(x_BTD).unflatten(-1, (-1, self.head_dim))
-            for part in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q_BTHE, k_BTKE = rotate(q_BTHE, rotation), rotate(k_BTKE, rotation)
-        q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
-        o_BHTE = layout.attend(q_BHTE, k_BKTE, v_BKTE, self.layer, self.window)
-        return self.o_proj(o_BHTE.transpose(1, 2).flatten(2))
+    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], layout: Packed) -> Tensor:
+        """(T, D) -> (T, D)."""
+        parts = (part(x_TD) for part in (self.q_proj, self.k_proj, self.v_proj))
+        q_THE, k_TKE, v_TKE = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
+        q_THE, k_TKE = rotate(q_THE, rotation), rotate(k_TKE, rotation)
+        return self.o_proj(layout.attend(q_THE, k_TKE, v_TKE, self).flatten(1))
 
 
 class MLP(nn.Module):
@@ -416,40 +234,34 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype), bias)
 
 
-class RMSNorm(nn.Module):
-    """Root mean square normalisation (arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """Root mean square normalisation (arXiv 1910.07467), in the type of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines for positions (B or 1, T): two (B or 1, T, 1, E), computed in
-    float32. The sines of the first half of the channels are negative, as `rotate` wants them."""
-    freqs = frequencies(config.rope, config.head_dim, positions.device)
-    angles = positions[:, :, None, None].float() * freqs
+    """Cosines and signed sines for positions (T,): two (T, 1, E), computed in float32. The sines
+    of the first half of the channels are negative, as `rotate` wants them."""
+    angles = positions[:, None, None].float() * frequencies(config, positions.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 @lru_cache(maxsize=32)
-def frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
+def frequencies(config: Config, device: torch.device) -> Tensor:
     """(E/2,) float32: the angle that each pair of channels turns by at one position."""
-    exponent = torch.arange(0, head_dim, 2).float() / head_dim
-    freqs = 1.0 / (rope.rope_theta**exponent)
-    if rope.kind == "linear":
-        freqs = freqs / rope.factor
-    if rope.kind == "llama3":  # long waves are slowed, short ones kept, those between blended
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        turns = rope.original_max_position_embeddings * freqs / (2 * math.pi)
+    exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    freqs = 1.0 / (config.rope_theta**exponent)
+    if config.rope_type == "linear":
+        freqs = freqs / config.factor
+    if config.rope_type == "llama3":  # long waves are slowed, short ones kept, others blended
+        low, high = config.low_freq_factor, config.high_freq_factor
+        turns = config.original_max_position_embeddings * freqs / (2 * math.pi)
         blend = ((turns - low) / (high - low)).clamp(0, 1)
-        freqs = (1 - blend) * freqs / rope.factor + blend * freqs
+        freqs = (1 - blend) * freqs / config.factor + blend * freqs
     return freqs.to(device)
 
 
@@ -461,38 +273,72 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 # ----------------------------------------------------------------------------------- the layouts
 
+# Torch 2.13 asks to be told of grouped heads; 2.11, which has no word for it, sees them itself.
+GROUPED: Any = dict.fromkeys({"enable_gqa"} & {*inspect.signature(varlen_attn).parameters}, True)
 
-class Layout:
-    """Plain rows: every token sees itself and what is before it. The base of the others."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        self.positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (B or 1, T)
+class Packed:
+    """Sequences one behind the other in one row of T tokens, so that nothing is padded. `sizes` are
+    their tokens. A sequence sees before its own the first tokens of the sequence before it, as many
+    as `prefixes` says, and its positions go on from there."""
 
-    def prepare(self, windows: Sequence[int | None], dtype: torch.dtype) -> None:
+    def __init__(self, sizes: list[int], prefixes: list[int], device: torch.device) -> None:
+        self.sizes, self.seen_sizes = sizes, [*map(sum, zip(sizes, prefixes, strict=True))]
+        positions: list[int] = []
+        seen: list[int] = []  # the tokens that each sequence sees, one sequence behind the other
+        before = start = 0
+        for size, prefix in zip(sizes, prefixes, strict=True):
+            positions += range(prefix, prefix + size)
+            seen += [*range(before, before + prefix), *range(start, start + size)]
+            before, start = start, start + size
+        self.positions = torch.tensor(positions, device=device)  # (T,)
+        self.seen = torch.tensor(seen, device=device)  # (S,)
+        self.most = max(sizes), max(self.seen_sizes)
+        ends = [[0, *accumulate(counts)] for counts in (sizes, self.seen_sizes)]
+        self.ends = torch.tensor(ends, dtype=torch.int32, device=device).unbind()
+
+    def prepare(self, config: Config, dtype: torch.dtype) -> None:
         """Builds what is added to the attention scores, once per forward pass: not per layer, and
         not within a block, whose recomputation or compilation would find it there already."""
-        self.biases: dict[int | None, Any] = {w: self.bias(w, dtype) for w in set(windows)}
+        self.one_kernel = has_kernel(self.positions.device, dtype, config.head_dim)
+        self.biases: dict[int | None, Any] = {}
+        for window in () if self.one_kernel else set(config.windows):
+            both, where = zip(self.sizes, self.seen_sizes, strict=True), self.positions.device
+            self.biases[window] = [causal_bias(*counts, window, dtype, where) for counts in both]
 
-    def bias(self, window: int | None, dtype: torch.dtype) -> Any:
-        """What `attend` needs for layers of this window: `causal_bias`, here."""
-        count = self.positions.shape[1]
-        return causal_bias(count, count, window, dtype, self.positions.device)
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
+        """What the queries of a layer find, (T, H, E)."""
+        k_SKE, v_SKE = k_TKE.index_select(0, self.seen), v_TKE.index_select(0, self.seen)
+        if not self.one_kernel:
+            return self.one_by_one(q_THE, k_SKE, v_SKE, attention.window)
+        # Its window counts the tokens before the query; -1 is all of them.
+        window = (-1 if attention.window is None else attention.window - 1, 0)
+        sizes: Any = (*self.ends, *self.most)
+        found: Any = varlen_attn(q_THE, k_SKE, v_SKE, *sizes, window_size=window, **GROUPED)
+        return found
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
-        """Queries (B, H, T, E), keys and values (B, K, T, E) -> (B, H, T, E)."""
-        return attention(q, k, v, self.biases[window])
+    @torch.compiler.disable  # the sizes change with every batch
+    def one_by_one(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """The same without `varlen_attn`, a sequence at a time."""
+        if not q.is_cpu:  # no fused kernel there takes fp32 and grouped heads
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        grouped, counts = q.shape[1] != k.shape[1], self.seen_sizes
+        q_1HTE, k_1KSE, v_1KSE = (x.transpose(0, 1)[None] for x in (q, k, v))
+        parts = (q_1HTE.split(self.sizes, 2), k_1KSE.split(counts, 2), v_1KSE.split(counts, 2))
+        attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=grouped)
+        both = zip(*parts, self.biases[window], strict=True)
+        found = [attend(*qkv, attn_mask=bias, is_causal=bias is None) for *qkv, bias in both]
+        return torch.cat(found, 2).squeeze(0).transpose(0, 1)
 
-    def read(self, x_BTD: Tensor, head_VD: Tensor) -> Tensor:
-        """The logits of every position, (B, T, V)."""
-        return F.linear(x_BTD, head_VD.to(x_BTD.dtype))
+    def read(self, x_TD: Tensor, head_VD: Tensor) -> Tensor:
+        """The logits of every token, (T, V)."""
+        return F.linear(x_TD, head_VD.to(x_TD.dtype))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax attention, causal where no bias is added to the scores."""
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=grouped
-    )
+def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `varlen_attn`, which is FlashAttention, runs there."""
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    return fits and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def causal_bias(
@@ -504,170 +350,23 @@ def causal_bias(
         return None
     at = torch.arange(keys, device=device)
     behind = at[keys - queries :, None] - at
-    return additive((behind >= 0) & (behind < (window or keys)), dtype)
-
-
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible, -inf elsewhere: SDPA would make this of a bool mask in every layer."""
-    zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return zeros.masked_fill_(~visible, -math.inf)
-
-
-class Packed(Layout):
-    """Sequences one behind the other in one row of T tokens, so that nothing is padded.
-
-    `sizes` are their tokens. A sequence sees before its own the first tokens of the sequence before
-    it, as many as `prefixes` says, and its positions go on from there.
-    """
-
-    def __init__(self, sizes: list[int], prefixes: list[int], device: torch.device) -> None:
-        self.sizes, self.prefixes = sizes, prefixes
-        both = zip(prefixes, sizes, strict=True)
-        positions = [at for prefix, size in both for at in range(prefix, prefix + size)]
-        self.positions = torch.tensor([positions], device=device)
-
-    def prepare(self, windows: Sequence[int | None], dtype: torch.dtype) -> None:
-        """As Layout's, but in half precision on CUDA, where one kernel takes all sequences."""
-        device = self.positions.device
-        self.one_kernel = has_kernel(device, dtype)
-        if self.one_kernel:
-            keys = [*map(sum, zip(self.prefixes, self.sizes, strict=True))]
-            self.most = (max(self.sizes), max(keys))
-            self.ends = [  # of each sequence's queries and keys
-                torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
-                for counts in (self.sizes, keys)
-            ]
-        else:
-            super().prepare(windows, dtype)
-
-    def bias(self, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
-        """One `causal_bias` for each sequence."""
-        device, both = self.positions.device, zip(self.prefixes, self.sizes, strict=True)
-        return [causal_bias(size, prefix + size, window, dtype, device) for prefix, size in both]
-
-    def seen(self, x_BKTE: Tensor) -> list[Tensor]:
-        """The keys, or the values, that each sequence sees."""
-        parts = list(x_BKTE.split(self.sizes, dim=2))
-        for i, prefix in enumerate(self.prefixes):
-            if prefix:
-                parts[i] = torch.cat((parts[i - 1][:, :, :prefix], parts[i]), dim=2)
-        return parts
-
-    @torch.compiler.disable  # the sizes change with every batch
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
-        """As Layout's, with B = 1."""
-        if self.one_kernel:  # its window counts the tokens before the query; -1 is all of them
-            group, left = q.shape[1] // k.shape[1], -1 if window is None else window - 1
-            both = [torch.cat(self.seen(x.repeat_interleave(group, 1)), 2) for x in (k, v)]
-            q_THE, k_SHE, v_SHE = (x[0].transpose(0, 1) for x in (q, *both))
-            sizes: Any = (*self.ends, *self.most)
-            o_THE: Any = varlen_attn(q_THE, k_SHE, v_SHE, *sizes, window_size=(left, 0))
-            return o_THE.transpose(0, 1)[None]
-        sequences = (q.split(self.sizes, dim=2), self.seen(k), self.seen(v), self.biases[window])
-        return torch.cat([attention(*one) for one in zip(*sequences, strict=True)], dim=2)
-
-
-def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `varlen_attn` runs there."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-
-
-class Prompts(Packed):
-    """The prompts of a batch, whose keys and values fill a cache."""
-
-    def __init__(self, prompts: list[list[int]], cache: "Cache") -> None:
-        device, lengths = cache.keys.device, [len(prompt) for prompt in prompts]
-        super().__init__(lengths, [0] * len(lengths), device)
-        self.cache = cache
-        self.tokens = torch.tensor([[token for prompt in prompts for token in prompt]]).to(device)
-        rows = torch.arange(len(lengths), device=device)
-        self.rows = rows.repeat_interleave(torch.tensor(lengths, device=device))
-        self.last = torch.tensor([end - 1 for end in accumulate(lengths)], device=device)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
-        """As Packed's; stores k and v."""
-        for stored, x in ((self.cache.keys, k), (self.cache.values, v)):
-            stored[layer][self.rows, :, self.positions[0]] = x[0].transpose(0, 1)
-        return super().attend(q, k, v, layer, window)
-
-    def read(self, x_BTD: Tensor, head_VD: Tensor) -> Tensor:
-        """The logits of each prompt's last token, (B, V)."""
-        return F.linear(x_BTD[0, self.last], head_VD.to(x_BTD.dtype))
-
-
-class Cache(Layout):
-    """A static key-value cache of B rows, to which each `step` adds a token.
-
-    `lengths` are the tokens that its rows have, `size` the most that one will have. A step reads
-    `width` of them, a multiple of `grain`, so that its shapes change rarely.
-    """
-
-    def __init__(self, model: Transformer, lengths: list[int], size: int, grain: int = 1) -> None:
-        config, dtype = model.config, model.compute_dtype or model.dtype
-        shape = (config.num_layers, len(lengths), config.num_kv_heads, size, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=model.device)
-        self.values = torch.zeros(shape, dtype=dtype, device=model.device)
-        self.lengths, self.size, self.grain = lengths, size, grain
-        self.positions = torch.tensor(lengths, device=model.device)[:, None] - 1
-
-    def step(self) -> "Cache":
-        """Makes ready for one more token in each row, (B, 1)."""
-        # A row that has stopped, but was kept, may go on past the end: it stays on the last place.
-        self.positions = (self.positions + 1).clamp_max(self.size - 1)
-        self.lengths = [length + 1 for length in self.lengths]
-        self.rows = torch.arange(len(self.lengths), device=self.keys.device)
-        self.width = min(self.size, -(-max(self.lengths) // self.grain) * self.grain)
-        return self
-
-    def keep(self, rows: list[int]) -> None:
-        """Drops all rows but these. A row whose place stays the same is not copied."""
-        for new, old in enumerate(rows):
-            if new != old:
-                self.keys[:, new], self.values[:, new] = self.keys[:, old], self.values[:, old]
-        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
-        self.lengths, self.positions = [self.lengths[row] for row in rows], self.positions[rows]
-
-    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(B, 1, 1, S), for the one query of each row."""
-        places = torch.arange(self.width, device=self.positions.device)[None]
-        near = True if window is None else places > self.positions - window
-        return additive((places <= self.positions) & near, dtype)[:, None, None]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, window: int | None) -> Tensor:
-        """As Layout's, with T = 1; stores k and v, and attends to all that is stored."""
-        keys_BKSE, values_BKSE, last = self.keys[layer], self.values[layer], self.positions[:, 0]
-        keys_BKSE[self.rows, :, last], values_BKSE[self.rows, :, last] = k[:, :, 0], v[:, :, 0]
-        # One query a row: two small products by hand cost less than SDPA's set-up. The query
-        # heads of a group (G) become the rows of one product with the key head they share.
-        q_BKGE = q.unflatten(1, (k.shape[1], -1))[:, :, :, 0] * q.shape[-1] ** -0.5
-        scores_BKGS = q_BKGE @ keys_BKSE[:, :, : self.width].transpose(-1, -2)
-        scores_BKGS = scores_BKGS + self.biases[window]
-        weights_BKGS = scores_BKGS.float().softmax(-1).to(q.dtype)
-        return (weights_BKGS @ values_BKSE[:, :, : self.width]).flatten(1, 2)[:, :, None]
-
-    def read(self, x_BTD: Tensor, head_VD: Tensor) -> Tensor:
-        """The logits of each row's last token, (B, V)."""
-        x_BD, head_VD = x_BTD[:, 0], head_VD.to(x_BTD.dtype)
-        if x_BD.is_cpu and len(x_BD) > 2:  # twice as fast there as x @ head^T
-            return (head_VD @ x_BD.T).T
-        return F.linear(x_BD, head_VD)
+    hidden = (behind < 0) | (behind >= (window or keys))
+    return hidden.to(dtype).masked_fill_(
+        hidden, -math.inf
+    )  # of a bool SDPA would make it per layer
 
 
 class Branches(Packed):
     """Trees: of each pair its common prefix once, then both tails, which see the prefix and
-    themselves. Its first sequence is prefix and chosen tail, its second the rejected tail.
-
-    What is read out are the M log-probs of response tokens, in the order of `lengths`: for each
-    pair those shared, those of the chosen tail, those of the rejected tail.
+    themselves. Its first sequence is prefix and chosen tail, its second the rejected tail. What is
+    read are the log-probs of M response tokens, in the order of `lengths`: for each pair those
+    shared, those of the chosen tail, those of the rejected tail.
     """
 
     def __init__(self, pairs: Sequence[Any], device: torch.device) -> None:
-        tokens: list[int] = []
-        places: list[int] = []  # where each scored token is predicted
-        targets: list[int] = []
-        sizes: list[int] = []
-        prefixes: list[int] = []
-        self.lengths: list[int] = []
+        lists: tuple[list[int], ...] = tuple([] for _ in range(6))
+        # `places` are where each scored token, one of `targets`, is predicted.
+        tokens, places, targets, sizes, prefixes, self.lengths = lists
         for prompt, chosen, rejected, *_ in pairs:
             if not prompt:
                 raise ValueError("a pair needs a prompt, or its first token has no context")
@@ -682,13 +381,14 @@ class Branches(Packed):
             prefixes += [0, prefix] if tail else [0]
             self.lengths += [shared, fork - prefix, len(tail)]
         super().__init__(sizes, prefixes, device)
-        self.tokens = torch.tensor([tokens], device=device)
+        self.tokens = torch.tensor(tokens, device=device)  # (T,)
         self.places = torch.tensor(places, dtype=torch.int64, device=device)  # (M,)
         self.targets = torch.tensor(targets, dtype=torch.int64, device=device)  # (M,)
 
-    def read(self, x_BTD: Tensor, head_VD: Tensor) -> Tensor:
+    def read(self, x_TD: Tensor, head_VD: Tensor) -> Tensor:
         """The log-probs of the response tokens, (M,) float32."""
-        return token_logprobs(x_BTD[0].index_select(0, self.places), head_VD, self.targets)
+        keep = KEPT if torch.is_grad_enabled() else 0
+        return TokenLogprobs.apply(x_TD.index_select(0, self.places), head_VD, self.targets, keep)
 
 
 def tree_size(pair: Any) -> int:
@@ -703,28 +403,110 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in both if a != b), min(len(left), len(right)))
 
 
+class Cache(Packed):
+    """A static key-value cache of B rows: made of prompts, which it takes in at once, packed; each
+    `step` then adds a token to each row (T = B). `logits_BV` are those after what was added last.
+
+    `size` is the most tokens that a row will have; a step reads `width` of them, with `record` a
+    multiple of 128: such steps are recorded, and replayed with new numbers until a shape changes.
+    `record(step)` gives a function that does what step() does, and the tensor that it fills.
+    """
+
+    def __init__(self, model: Transformer, prompts: Sequence[Any], size: int, record: Any) -> None:
+        self.lengths, self.size, self.width = [*map(len, prompts)], size, 0
+        super().__init__(self.lengths, [0] * len(prompts), model.device)
+        self.model, self.record, self.shape = model, record, (0, 0)
+        c = model.config
+        made: Any = {"device": model.device, "dtype": model.compute_dtype or model.dtype}
+        shape = (c.num_hidden_layers, len(prompts), c.num_key_value_heads, size, c.head_dim)
+        self.keys, self.values = torch.zeros(shape, **made), torch.zeros(shape, **made)
+        rows = [row for row, prompt in enumerate(prompts) for _ in prompt]
+        self.rows = torch.tensor(rows, device=model.device)  # (T,): whose each token is
+        self.last = self.ends[0][1:] - 1  # (B,)
+        tokens = [token for prompt in prompts for token in prompt]
+        self.logits_BV = model(torch.tensor(tokens, device=model.device), self)
+        # From here on a token a row. Recorded steps read both where they lie now: they stay there.
+        self.rows, self.positions = self.rows[self.last], self.positions[self.last]
+
+    def step(self, tokens_B: Tensor) -> None:
+        """Takes one token more in, in each row."""
+        # A row that has stopped, but was kept, may go on past the end: it stays on the last place.
+        self.positions.add_(1).clamp_max_(self.size - 1)
+        self.lengths = [length + 1 for length in self.lengths]
+        grain = 128 if self.record else 1
+        self.width = min(self.size, -(-max(self.lengths) // grain) * grain)
+        if not self.record:
+            self.logits_BV = self.model(tokens_B, self)
+            return
+        if self.shape != (len(tokens_B), self.width):
+            self.shape, self.tokens = (len(tokens_B), self.width), tokens_B.clone()
+            self.replay, self.logits_BV = self.record(lambda: self.model(self.tokens, self))
+        self.tokens.copy_(tokens_B)
+        self.replay()
+
+    def keep(self, going: list[bool]) -> list[int]:
+        """Drops the rows that stop. The last of the others fill the gaps, so that few are copied:
+        gives the row that is now in each place."""
+        count = sum(going)
+        movers = [row for row in range(count, len(going)) if going[row]]
+        rows = [row if going[row] else movers.pop() for row in range(count)]
+        for new, old in enumerate(rows):
+            if new != old:
+                self.keys[:, new], self.values[:, new] = self.keys[:, old], self.values[:, old]
+        self.keys, self.values = self.keys[:, :count], self.values[:, :count]
+        self.rows, self.positions = self.rows[:count], self.positions[rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        return rows
+
+    def prepare(self, config: Config, dtype: torch.dtype) -> None:
+        """As Packed's; in a step (B, 1, 1, S), for the one query of each row."""
+        if not self.width:
+            return super().prepare(config, dtype)
+        places, last_B1 = torch.arange(self.width, device=self.rows.device), self.positions[:, None]
+        for window in set(config.windows):
+            far = False if window is None else places <= last_B1 - window
+            hidden = ((places > last_B1) | far)[:, None, None]
+            self.biases[window] = hidden.to(dtype).masked_fill_(hidden, -math.inf)
+
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
+        """As Packed's; stores k and v, and in a step attends to all that is stored."""
+        keys_BKSE, values_BKSE = self.keys[attention.layer], self.values[attention.layer]
+        keys_BKSE[self.rows, :, self.positions] = k_TKE
+        values_BKSE[self.rows, :, self.positions] = v_TKE
+        if not self.width:
+            return super().attend(q_THE, k_TKE, v_TKE, attention)
+        # One query a row: two small products by hand cost less than SDPA's set-up. The query
+        # heads of a group (G) become the rows of one product with the key head they share.
+        q_BKGE = q_THE.unflatten(1, (k_TKE.shape[1], -1)) * q_THE.shape[-1] ** -0.5
+        scores_BKGS = q_BKGE @ keys_BKSE[:, :, : self.width].transpose(-1, -2)
+        scores_BKGS = scores_BKGS + self.biases[attention.window]
+        weights_BKGS = scores_BKGS.float().softmax(-1).to(q_THE.dtype)
+        return (weights_BKGS @ values_BKSE[:, :, : self.width]).flatten(1, 2)
+
+    def read(self, x_TD: Tensor, head_VD: Tensor) -> Tensor:
+        """The logits of each row's last token, (B, V)."""
+        x_BD, head_VD = x_TD if self.width else x_TD[self.last], head_VD.to(x_TD.dtype)
+        if x_BD.is_cpu and len(x_BD) > 2:  # twice as fast there as x @ head^T
+            return (head_VD @ x_BD.T).T
+        return F.linear(x_BD, head_VD)
+
+
 # ------------------------------------------------------------------------------ log-probabilities
 
-# How many logits exist at a time: 64 MiB in float32 on a CPU, where caches are small, 512 MiB on a
-# GPU, whose matrix units starve on few rows; and how many exponentials wait for the backward pass.
+# How many logits exist at a time (64 MiB in float32 on a CPU, whose caches are small, 512 MiB on a
+# GPU, whose matrix units starve on few rows), and how many exponentials wait for a backward pass.
 LOGITS = {"cpu": 2**24, "cuda": 2**27}
 KEPT = 2**26
 
 
-def pair_logprobs(
-    model: Transformer, pairs: Sequence[Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Summed response log-probs of N (prompt, chosen, rejected), as of separate sequences.
-
-    Returns:
-        chosen, rejected: (N,) float32 sums over response tokens (EOS included), differentiable.
-        n_chosen, n_rejected: (N,) float32 response lengths in tokens.
-    An empty side (as the rejected one in SFT) gives 0 and 0.
-    """
+def pair_logprobs(model: Transformer, pairs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Summed response log-probs of N (prompt, chosen, rejected), as of separate sequences: (N,)
+    float32 of the chosen and of the rejected sides, EOS included, differentiable; then (N,) float32
+    lengths of both in tokens. An empty side (as the rejected one in SFT) gives 0 and 0."""
     return pair_sums(pair_token_logprobs(model, pairs))
 
 
-def pair_sums(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pair_sums(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What `pair_logprobs` returns, from what `pair_token_logprobs` returns."""
     shared, chosen, rejected = torch.stack([part.sum() for part in parts]).view(-1, 3).unbind(1)
     counts = torch.tensor([float(len(part)) for part in parts], device=shared.device).view(-1, 3)
@@ -738,20 +520,11 @@ def pair_token_logprobs(model: Transformer, pairs: Sequence[Any]) -> list[Tensor
     return list(model(layout.tokens, layout).split(layout.lengths))
 
 
-def token_logprobs(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> Tensor:
-    """log softmax(x @ head^T)[target] in float32, (M,)."""
-    keep = KEPT if torch.is_grad_enabled() else 0
-    return TokenLogprobs.apply(x_MD, head_VD, targets_M, keep)
-
-
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(x @ head^T)[target] in chunks of rows, of which each has `LOGITS` logits.
-
-    For the backward pass the first `keep` exponentials stay; chunks beyond are computed again. The
-    gradient g of a log-prob is g (onehot(target) - softmax) for its logits, and takes the place of
-    the exponentials: autograd would fill some five arrays of tokens x vocabulary on the way, and
-    one of (V, D) for each chunk.
-    """
+    """log softmax(x @ head^T)[target] in chunks of rows, of which each has `LOGITS` logits. The
+    first `keep` exponentials stay for the backward pass, chunks beyond are computed again. The
+    gradient g of a log-prob is g (onehot(target) - softmax) for its logits, written over them:
+    autograd would fill five arrays of tokens x vocabulary, and one of (V, D) for each chunk."""
 
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, head_VD: Tensor, targets_M: Tensor, keep: int) -> Tensor:
@@ -793,9 +566,8 @@ def exponentials(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> tuple[Tens
     logits_MV = F.linear(x_MD, head_VD).float()
     logits_MV -= logits_MV.amax(1, keepdim=True)
     picked_M1 = logits_MV.gather(1, targets_M[:, None])
-    exp_MV = logits_MV.exp_()
-    sums_M1 = exp_MV.sum(1, keepdim=True)
-    return exp_MV, sums_M1, (picked_M1 - sums_M1.log())[:, 0]
+    sums_M1 = logits_MV.exp_().sum(1, keepdim=True)
+    return logits_MV, sums_M1, (picked_M1 - sums_M1.log())[:, 0]
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -829,12 +601,10 @@ def generate(
     count = len(prompts)
     budgets = [max_new_tokens] * count if isinstance(max_new_tokens, int) else [*max_new_tokens]
     seeds = [hash_seed(seed, i) for i in range(count)] if isinstance(seed, int) else [*seed]
-    if not len(budgets) == len(seeds) == count or min(budgets, default=0) < 0:
-        raise ValueError("generate needs one budget >= 0 and one seed for each prompt")
-    if not all(prompts) or batch_size < 1:
-        raise ValueError("generate needs a token in each prompt, and batch_size >= 1")
-    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise ValueError("generate needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
+    fits = len(budgets) == len(seeds) == count and min(budgets, default=0) >= 0 and all(prompts)
+    if not (fits and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and batch_size >= 1):
+        need = "a token, a budget >= 0 and a seed for each prompt, temperature >= 0, top_k >= 0"
+        raise ValueError(f"generate needs {need}, 0 < top_p <= 1 and batch_size >= 1")
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     pick = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -842,116 +612,66 @@ def generate(
     on_cpu, single = model.device.type == "cpu", model.compute_dtype in (None, torch.float32)
     if on_cpu and single and model.dtype == torch.float32 and len(order) > 1 and max(budgets) >= 32:
         model = by_columns(model)  # costs what some ten steps gain
-    decode = partial(_decode, model, pick=pick, eos_ids=frozenset(eos_ids), scored=return_logprobs)
+    options = (pick, {*eos_ids}, return_logprobs, None if on_cpu else record_graph)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         asked = [(prompts[i], budgets[i], seeds[i]) for i in rows]
-        answers = decode(asked, record=None if on_cpu else record_graph)
-        for i, answer in zip(rows, answers, strict=True):
+        for i, answer in zip(rows, _decode(model, asked, *options), strict=True):
             tokens[i], logprobs[i] = answer
     return (tokens, logprobs) if return_logprobs else tokens
 
 
 @torch.no_grad()
 def _decode(
-    model: Transformer,
-    asked: list[tuple[list[int], int, int]],
-    pick: Callable[..., Tensor],
-    eos_ids: frozenset[int],
-    scored: bool,
-    record: "Callable[..., Any] | None" = None,
+    model: Transformer, asked: list[Any], pick: Any, eos_ids: set[int], scored: bool, record: Any
 ) -> list[tuple[list[int], list[float]]]:
-    """One batch of `generate`, rows of (prompt, budget, seed): all prompts in one pass, then a
-    token a row and step. Gives each row's tokens and their log-probs.
-
-    A row that has stopped leaves the batch. Where steps are recorded (`record`, see `Replays`), and
-    a change of shape is dear, it waits until half of the rows have.
-    """
-    prompts, budgets = [row[0] for row in asked], [row[1] for row in asked]
+    """One batch of `generate`: each row's tokens and their log-probs. A row that has stopped leaves
+    the batch; where steps are recorded, and a change of shape is dear, not before half of all."""
+    prompts, budgets, seeds = zip(*asked, strict=True)
     uniforms_BS = torch.zeros(len(asked), max(budgets), dtype=torch.float64)
-    for uniforms, (_, budget, seed) in zip(uniforms_BS, asked, strict=True):
+    for uniforms, budget, seed in zip(uniforms_BS, budgets, seeds, strict=True):
         uniforms[:budget].uniform_(generator=torch.Generator().manual_seed(seed))
     uniforms_BS = uniforms_BS.to(model.device)
     tokens: list[list[int]] = [[] for _ in asked]
     scores: list[list[float]] = [[] for _ in asked]
-    lengths = [len(prompt) for prompt in prompts]
-    size = max(map(sum, zip(lengths, budgets, strict=True)))
-    cache = Cache(model, lengths, size, grain=128 if record else 1)
-    decode = Replays(model, record) if record else model
-    layout = Prompts(prompts, cache)
-    logits_BV = model(layout.tokens, layout)
+    size = max(map(sum, zip(map(len, prompts), budgets, strict=True)))
+    cache = Cache(model, prompts, size, record)
     rows = list(range(len(asked)))  # the prompt that each place of the batch belongs to
     going = [True] * len(rows)
     for step in range(max(budgets)):
-        picked_B = pick(logits_BV, uniforms_BS[:, step])
+        picked_B = pick(cache.logits_BV, uniforms_BS[:, step])
         told: list[Any] = [(tokens, picked_B.tolist())]
         if scored:
-            logprobs = logits_BV.float().log_softmax(-1).gather(1, picked_B[:, None])
+            logprobs = cache.logits_BV.float().log_softmax(-1).gather(1, picked_B[:, None])
             told.append((scores, logprobs[:, 0].tolist()))
         for lists, values in told:
-            for row, goes, value in zip(rows, going, values, strict=True):
-                if goes:
-                    lists[row].append(value)
+            for row, value in compress(zip(rows, values, strict=True), going):
+                lists[row].append(value)
         going = [tokens[i][-1] not in eos_ids and len(tokens[i]) < budgets[i] for i in rows]
         if not any(going):
             break
         if sum(going) <= len(going) // 2 or not (record or all(going)):
-            kept = close_ranks(going)
+            kept = cache.keep(going)
             rows, going = [rows[place] for place in kept], [True] * len(kept)
             picked_B, uniforms_BS = picked_B[kept], uniforms_BS[kept]
-            cache.keep(kept)
-        logits_BV = decode(picked_B[:, None], cache.step())
+        cache.step(picked_B)
     return list(zip(tokens, scores, strict=True))
 
 
-def close_ranks(going: list[bool]) -> list[int]:
-    """The places of the rows that go on, the last of them moved into the gaps: few move."""
-    count = sum(going)
-    movers = [place for place in range(count, len(going)) if going[place]]
-    return [place if going[place] else movers.pop() for place in range(count)]
-
-
-class Replays:
-    """Decoding steps, recorded when their shape changes (rows, stored tokens read) and replayed
-    with new numbers in the recorded tensors: on a GPU one launch in place of hundreds.
-
-    `record(step)` gives a function that does what step() does, and the tensor it fills.
-    """
-
-    def __init__(self, model: Transformer, record: Callable[..., Any]) -> None:
-        self.model, self.record, self.shape = model, record, (0, 0)
-
-    def __call__(self, tokens_B1: Tensor, cache: Cache) -> Tensor:
-        """What the model gives for one more token in each row, (B, V)."""
-        now = cache.positions
-        if self.shape != (len(now), cache.width):
-            self.shape = (len(now), cache.width)
-            self.tokens, self.positions = tokens_B1.clone(), now.clone()
-            cache.positions = self.positions
-            self.replay, self.logits_BV = self.record(lambda: self.model(self.tokens, cache))
-            cache.positions = now
-        self.tokens.copy_(tokens_B1)
-        self.positions.copy_(now)
-        self.replay()
-        return self.logits_BV
-
-
-def record_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def record_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
     """Records a step as a CUDA graph, once it has run and the libraries have set themselves up."""
-    side = torch.cuda.Stream()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
     return graph.replay, result
 
 
 def by_columns(model: Transformer) -> Transformer:
-    """The same model, the blocks' matrices copied and stored by columns: that halves the time of
-    their products with few rows on a CPU in float32."""
+    """The same model, matrices stored by columns: few rows in fp32 take a CPU half as long then."""
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     for name, weight in weights.items():
         if ".layers." in name and weight.dim() == 2:
@@ -1000,93 +720,198 @@ def sample_tokens(
     return (picked if ids is None else ids.gather(1, picked))[:, 0]
 
 
+# ------------------------------------------------------------------------------------ the config
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+FAMILIES: dict[str, dict[str, Any]] = {  # what a config.json of the family may leave out
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False}
+    | {"max_window_layers": 28},
+}
+# Keys that change the logits, and are read; then those that do not change them (no dropout here).
+COMPUTED = """model_type vocab_size hidden_size intermediate_size num_hidden_layers head_dim
+    num_attention_heads num_key_value_heads rms_norm_eps tie_word_embeddings rope_theta
+    rope_scaling rope_parameters layer_types""".split()  # noqa: SIM905
+INERT = """architectures auto_map bos_token_id eos_token_id pad_token_id unk_token_id torch_dtype
+    dtype transformers_version use_cache initializer_range max_position_embeddings model_max_length
+    max_sequence_length tokenizer_class pretraining_tp attention_dropout max_window_layers
+    sliding_window return_dict id2label label2id transformers.js_config is_llama_config
+    unsloth_version unsloth_fixed task_specific_params chunk_size_feed_forward problem_type
+    finetuning_task num_labels name_or_path keys_to_ignore_at_inference license torchscript
+    do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences
+    max_length length_penalty repetition_penalty""".split()  # noqa: SIM905
+IDLE: dict[str, list[Any]] = {"hidden_act": ["silu", "swish"], "partial_rotary_factor": [1]}
+LINEAR = ["rope_theta", "factor"]
+LLAMA3 = [*LINEAR, "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+ROPES = {"default": ["rope_theta"], "linear": LINEAR, "llama3": LLAMA3}  # what each rope_type needs
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Config:
+    """What a Hugging Face `config.json`, which is `raw`, says of the computation, by its keys."""
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, 1, 1024]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    rms_norm_eps: Annotated[float, 1e-30, 1.0] = 1e-6
+    tie_word_embeddings: Flag = False
+    attention_bias: Flag = False  # of all four projections
+    qkv_bias: Flag
+    mlp_bias: Flag = False
+    use_sliding_window: Flag = False
+    windows: tuple[int | None, ...]  # per layer: a token sees this many tokens, itself included
+    rope_type: str  # arXiv 2104.09864; "linear" is Llama 2's scaling of it, "llama3" that of 3.1
+    rope_theta: Real
+    factor: Real = 1.0
+    low_freq_factor: Real = 1.0
+    high_freq_factor: Real = 4.0
+    original_max_position_embeddings: Real = 8192.0  # tokens
+    raw: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "config") -> Config:
+        """Reads transformers 4's keys and 5's. Raises InputError naming what is not implemented."""
+        family: Any = raw.get("model_type")
+        if family not in [*FAMILIES]:
+            raise InputError(f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
+        rope = _rope(raw, where)
+        turning = ROPES[rope["rope_type"]]
+        keys = [*COMPUTED, *INERT, *FAMILIES[family]]
+        for given, read in ((raw, keys), (rope, ["rope_type", "type", *turning])):
+            for key, value in given.items():
+                off = value in (None, False, "", [], {}, *IDLE.get(key, ()))
+                if key not in read and not key.startswith("_") and not off:
+                    raise InputError(f"{where}: {key} {value!r} is not implemented for {family}")
+        known: dict[str, Any] = {**vars(cls), **FAMILIES[family], **raw, **dict.fromkeys(turning)}
+        known |= {**rope, "raw": dict(raw)}
+        heads: Any = known.get("num_attention_heads")
+        with reading(f"{where}: hidden_size or num_attention_heads"):
+            size = known["hidden_size"] // max(1, heads)
+        for key, value in {"num_key_value_heads": heads, "head_dim": size}.items():
+            known[key] = value if known.get(key) is None else known[key]
+        known["qkv_bias"] = known["attention_bias"] or family == "qwen2"
+        hints = get_type_hints(cls, include_extras=True)
+        for key, hint in hints.items():
+            if get_origin(hint) is Annotated:
+                (kind, low, high), value = get_args(hint), known.get(key)
+                fits = type(value) in ((int, float) if kind is float else (kind,))
+                if not fits or not low <= value <= high:
+                    told = f"{value!r}, not {kind.__name__} from {low} to {high}"
+                    raise InputError(f"{where}: {key} is {told}")
+        kv_heads, size = known["num_key_value_heads"], known["head_dim"]
+        if heads % kv_heads or size % 2 or heads * size > 2**22:
+            told = f"{heads}, num_key_value_heads {kv_heads} and head_dim {size} do not fit"
+            raise InputError(f"{where}: num_attention_heads {told}")
+        if known["low_freq_factor"] >= known["high_freq_factor"]:
+            raise InputError(f"{where}: low_freq_factor is not below high_freq_factor")
+        known["windows"] = _windows(known, where)
+        return cls(**{key: known[key] for key in hints})
+
+
+def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (5), in one."""
+    both = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)] or [{}]
+    if type(both[0]) is not dict or both[0] != both[-1]:
+        raise InputError(f"{where}: rope_scaling and rope_parameters are not one equal object")
+    kind = both[0].get("rope_type", both[0].get("type", "default"))
+    if kind not in [*ROPES]:
+        raise InputError(f"{where}: rope_type {kind!r} is not one of {', '.join(ROPES)}")
+    return {"rope_theta": raw.get("rope_theta", 10000.0), **both[0], "rope_type": kind}
+
+
+def _windows(known: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
+    """The sliding window of each layer: all of Mistral's, and those of Qwen2 that it says."""
+    layers, some = known["num_hidden_layers"], known["model_type"] == "qwen2"
+    used = known["use_sliding_window"] if some else known["model_type"] == "mistral"
+    window = known["sliding_window"] if used else None
+    with reading(f"{where}: sliding_window, max_window_layers or layer_types"):
+        first = known["max_window_layers"] if some and window is not None else 0
+        if window is not None and not (type(window) is int and 0 < window < 2**31 and first >= 0):
+            raise ValueError(f"a window of {window!r} tokens from layer {first} on")
+        kinds = [FULL if window is None or i < first else SLIDING for i in range(layers)]
+        given = known.get("layer_types") or kinds
+        free = some and window is not None  # layers may differ from what max_window_layers says
+        if not {*given} <= {FULL, SLIDING} or len(given) != layers or not (free or given == kinds):
+            raise ValueError(f"{given!r} are not the {layers} layers of a window of {window}")
+    return tuple(window if kind == SLIDING else None for kind in given)
+
+
 # ------------------------------------------------------------------------- reading and writing
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_weights(
-    parameters: Mapping[str, Tensor],
-    path: str | Path,
-    place: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
+    parameters: Mapping[str, Tensor], path: str | Path, place: Callable[..., Any] = Tensor.copy_
 ) -> None:
     """Fills parameters by name from a folder's safetensors, through `place(parameter, value)`.
-
-    Raises InputError, before any is filled, as `find_weights` says.
-    """
-    files = find_weights(parameters, path)
+    Raises InputError, before any is filled, as `find_weights` says."""
+    tensors = find_weights(parameters, path)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            value = _read(files[name], name)
+            value = tensors[name]
             if not value.isfinite().all():
-                raise InputError(f"{files[name]}: {name} holds values that are not finite")
+                raise InputError(f"{path}: {name} holds values that are not finite")
             place(parameter, value)
 
 
-def find_weights(parameters: Mapping[str, Tensor], path: str | Path) -> dict[str, Path]:
-    """The file of each tensor in a folder, once all headers agree with the parameters, which may
-    be on the meta device.
-
-    Raises InputError for tensors that are missing, unexpected, misshapen or of another type. A
-    tied head saved a second time is accepted where it equals the embedding, and so are the
-    `rotary_emb.inv_freq` buffers of old files.
-    """
-    files = weight_files(Path(path))
+def find_weights(parameters: Mapping[str, Tensor], path: str | Path) -> Tensors:
+    """The tensors of a folder, once all headers agree with the parameters, be they on the meta
+    device. Raises InputError for tensors missing, unexpected, misshapen or of another type; a tied
+    head that equals the embedding is none, and neither are the `inv_freq` of old files."""
+    tensors = Tensors(path)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    extra = {n for n in files if n not in parameters and not n.endswith("rotary_emb.inv_freq")}
-    for names, what in ((parameters.keys() - files, "missing"), (extra - {head}, "unexpected")):
+    missing, extra = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys() - {head}
+    extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}
+    for names, what in ((missing, "missing"), (extra, "unexpected")):
         if names:
-            some = ", ".join(sorted(names)[:3])
-            raise InputError(f"{path}: {len(names)} weights {what}, such as {some}")
-    for file in sorted(set(files.values())):
-        with open_safetensors(file) as opened:
-            for name in parameters.keys() & opened.keys():
-                saved, want = opened.get_slice(name), [*parameters[name].shape]
-                got, dtype = saved.get_shape(), saved.get_dtype()
-                if got != want or dtype not in ("F32", "F16", "BF16"):
-                    raise InputError(
-                        f"{file}: {name} is {dtype} {got}, not F32, F16 or BF16 {want}"
-                    )
-    if head in extra and not torch.equal(*(_read(files[n], n) for n in (head, embedding))):
+            raise InputError(f"{path}: {len(names)} weights {what}, such as {min(names)}")
+    for name, parameter in parameters.items():
+        (file, dtype, shape), want = tensors.found[name], [*parameter.shape]
+        if shape != want or dtype not in ("F32", "F16", "BF16"):
+            raise InputError(f"{file}: {name} is {dtype} {shape}, not F32, F16 or BF16 {want}")
+    tied = head in tensors and head not in parameters
+    if tied and not torch.equal(tensors[head], tensors[embedding]):
         raise InputError(f"{path}: tie_word_embeddings is true, but {head} is not {embedding}")
-    return files
+    return tensors
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor in a folder: model.safetensors, or the shards that its index names.
+class Tensors(Mapping[str, Tensor]):
+    """A folder's tensors by name, of model.safetensors or of the shards that its index names. All
+    headers are read at once, which finds truncated and garbled files; a tensor, when asked for."""
 
-    The headers of all files are read, which finds truncated and garbled ones.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    names: dict[str, Path] = {}
-    if single.is_file():
-        shards = {single.name}
-    elif index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(shard, str) and shard == Path(shard).name for shard in weight_map.values()
-        ):
-            raise InputError(f"{index}: weight_map must map tensor names to files beside it")
-        shards = set(weight_map.values())
-    else:
-        raise InputError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
-    for shard in sorted(shards):
-        with open_safetensors(folder / shard) as file:
-            if twice := names.keys() & file.keys():
-                raise InputError(f"{folder}: {min(twice)} is in {shard} and in another file")
-            names |= dict.fromkeys(file.keys(), folder / shard)
-    return names
+    def __init__(self, folder: str | Path) -> None:
+        single, index = Path(folder) / SINGLE, Path(folder) / INDEX
+        if not single.is_file() and not index.is_file():
+            raise InputError(f"{folder} has no {SINGLE} and no {INDEX}")
+        with reading(index):
+            shards = {SINGLE} if single.is_file() else {*read_json(index)["weight_map"].values()}
+            if any(shard != Path(shard).name for shard in shards):
+                raise ValueError("weight_map must map tensor names to files beside it")
+        self.found: dict[str, tuple[Path, str, list[int]]] = {}  # where each is, its type and shape
+        for path in [Path(folder) / shard for shard in sorted(shards)]:
+            with reading(path), safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name in self.found:
+                        raise InputError(f"{folder}: {name} is in {path.name} and in another file")
+                    part = file.get_slice(name)
+                    self.found[name] = path, part.get_dtype(), part.get_shape()
 
+    def __getitem__(self, name: str) -> Tensor:
+        path = self.found[name][0]
+        with reading(path), safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
 
-def open_safetensors(path: Path) -> Any:
-    """A reader of one file's tensors. Raises InputError where it is missing or garbled."""
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} is not a whole safetensors file: {error}") from None
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
 
-
-def _read(path: Path, name: str) -> Tensor:
-    with open_safetensors(path) as file:
-        return file.get_tensor(name)
+    def __len__(self) -> int:
+        return len(self.found)
 
 
 def write_config(path: str | Path, config: Config, dtype: torch.dtype) -> None:
@@ -1097,21 +922,29 @@ def write_config(path: str | Path, config: Config, dtype: torch.dtype) -> None:
 
 
 def write_weights(
-    path, tensors, fetch=lambda x: x.detach().cpu(), write=True, shard_bytes=5 * 10**9
-):
-    sizes = {n: t.numel() * t.element_size() for n, t in tensors.items()}
-    single, index = Path(path) / "model.safetensors", Path(path) / "model.safetensors.index.json"
-    shards = [list(tensors)]
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards, 1):
-        sharded = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        file = single.name if len(shards) == 1 else sharded
-        tensors = {name: fetch(tensors[name]) for name in names}
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    fetch: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().cpu(),
+    write: bool = True,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes tensors as model.safetensors, or where they exceed one as shards, with an index.
+    `fetch` gives a tensor as it is to be written, for no more than a shard at a time. It may be
+    collective: all ranks call this, and `write` is true on one of them."""
+    ends = accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    parts: dict[int, list[str]] = {}  # a tensor is in the shard that its end falls into
+    for name, end in zip(tensors, ends, strict=True):
+        parts.setdefault(max(0, end - 1) // shard_bytes, []).append(name)
+    total, weight_map = 0, dict[str, str]()
+    for i, names in enumerate(parts.values(), 1):
+        file = SINGLE if len(parts) == 1 else f"model-{i:05}-of-{len(parts):05}.safetensors"
+        whole = {name: fetch(tensors[name]) for name in names}
         if write:
-            save_file(tensors, Path(path) / file, metadata={"format": "pt"})
+            save_file(whole, Path(path) / file, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in whole.values())
         weight_map |= dict.fromkeys(names, file)
     if write:  # of an earlier checkpoint in this folder, no file may be left that a loader prefers
-        (index if len(shards) == 1 else single).unlink(missing_ok=True)
-    if write and len(shards) > 1:
-        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (Path(path) / (INDEX if len(parts) == 1 else SINGLE)).unlink(missing_ok=True)
+    if write and len(parts) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (Path(path) / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -15,37 +15,30 @@ A source makes the pairs that a loss learns from. SAPO's needs only prompts x an
 `SAPO.before_step` is steps 1 to 4, in this order; the trainer does 5. How this differs from the
 paper (P) and from the official code (C):
 
-    1. P updates the EMA every 2 steps, C every step; ours is C's, and `--ema-every` switches it.
-    2. C refreshes the reference every 108 steps, its epoch; ours once an epoch of the data at hand
-       (`--ref-update-every`).
-    3. C keeps a buffer of 2,000 pairs on each rank; ours is one buffer, whatever the ranks
-       (`--replay-capacity`).
+    1. P updates the EMA every 2 steps, C every step; ours is C's (`--ema-every`).
+    2. C refreshes the reference every 108 steps, its epoch; ours once an epoch of the data at hand.
+    3. C keeps a buffer of 2,000 pairs on each rank; ours is one buffer, whatever the ranks.
     4. C counts draws by object identity and loses them on resume; ours are saved with the pairs.
-    5. C masks the attention at every EOS, in the prompt and at the response's end; ours does not.
+    5. C masks the attention at every EOS, of the prompt and of the response; ours does not.
     6. C's NLL (ORPO) counts prompt and padding too; ours counts the response.
-    7. C never cuts the last three tokens of a long response, its template's closers; ours has one,
-       EOS, and spares that. C's response also begins with the assistant's header, which is scored.
-    8. Of a response longer than the room, which is cut, C always rewrites the last tokens; ours
-       draws a start as elsewhere. `--segment-rule uniform` spares nothing.
-    9. C's AdamW (ORPO) keeps its state in 8 bits; ours in 32.
-   10. C holds the EMA and the reference in bf16, and fp32 master weights and optimizer states, as
-       DeepSpeed has them; ours are all fp32 (the reference as it is rounded for each product), and
-       `--precision bf16`, which the recipes say, is about the computation.
-   11. C most likely does not clip gradients: nothing in its DeepSpeed settings does. Ours: 1.0.
+    7. C never cuts the last three tokens of a long response, its template's closers; ours has one
+       such, EOS. C's response begins with the assistant's header, which it scores; ours does not.
+    8. Of a response too long for the room C always cuts the last tokens out; ours draws as ever.
+    9. C computes in bf16, EMA and reference too, on fp32 master weights (DeepSpeed), with AdamW's
+       state in 8 bits for ORPO; ours is fp32, or computes in bf16 (`--precision`, the recipes).
+   10. C most likely does not clip gradients; ours clips them to a norm of 1.
 
 SPIN (arXiv 2401.01335), with whole responses of an opponent that is frozen for an iteration:
 
-   12. The authors' files say a rate of 5e-7, beta 0.1 and 3 epochs; their scripts, which override
-       them, rates of 5e-7, 5e-7, 1e-7, 1e-7, betas of 0.1, 0.1, 0.1, 5.0 and 6 epochs. The recipe
-       is the scripts' (`--lr`, `--beta`: a value an iteration).
-   13. They answer all prompts before an iteration, behind "### Instruction: ..."; ours those of a
+   11. The authors' files say a rate of 5e-7, beta 0.1 and 3 epochs; their scripts, which override
+       them, 5e-7, 5e-7, 1e-7, 1e-7, betas of 0.1, 0.1, 0.1, 5.0, and 6 epochs, as our recipe.
+   12. They answer all prompts before an iteration, behind "### Instruction: ..."; ours those of a
        step before it, the same pairs, behind the chat template that it trains with.
-   14. They make text of an answer and encode it again, so that one cut at 256 tokens gets an EOS;
+   13. They make text of an answer and encode it again, so that one cut at 256 tokens gets an EOS;
        ours keeps the tokens as they were sampled, and counts those that are cut.
 
 Sources know nothing of files, flags or ranks: a step's pairs are those of the whole global batch,
-each draw has a random stream of its own, keyed by (seed, purpose, step, index), and what a source
-needs of the run, it is handed as a `Run`.
+and each draw has a random stream of its own, keyed by (seed, purpose, step, index).
 """
 
 import bisect
@@ -66,6 +59,10 @@ from torch import Tensor, nn
 from data import Cut, Pair, Tokenizer
 from model import Count, Share, Weight, Whole, hash_seed
 
+Request = tuple[list[int], int, int]  # a prompt, the most new tokens, a seed
+# The new tokens, and the sum of their log-probs under the model as it is, unfiltered.
+Answer = tuple[list[int], float]
+
 
 class Run(Protocol):
     """What a source may use of the run; the trainer's learner is one."""
@@ -78,32 +75,23 @@ class Run(Protocol):
         """Times what is within it."""
 
     def generate(
-        self,
-        model: nn.Module,
-        prompts: list[list[int]],
-        budgets: list[int],
-        seeds: list[int],
-        temperature: float | None = None,
-        keep: bool = False,
-    ) -> tuple[list[list[int]], list[float]]:
-        """New tokens for each prompt, at most its budget, and the sums of their log-probs under the
-        model as it is, before temperature and filters. `keep`: for so many prompts that the run may
-        be stopped on the way; what it has by then is kept for when it goes on."""
+        self, model: Any, asked: list[Request], temperature: float | None = None, keep: bool = False
+    ) -> list[Answer]:
+        """Samples an answer to each request. `keep`: for so many that the run may be stopped on the
+        way; what it has by then is kept for when it goes on."""
 
     def logps(self, rows: Sequence[Pair]) -> list[float]:
         """The summed log-probs of `chosen` under the policy."""
 
 
 class Source:
-    """Where a step's pairs come from. As it stands: the rows as they are (`dpo`, `orpo`).
+    """Where a step's pairs come from; as it stands, the rows as they are (`dpo`, `orpo`).
 
-    A method overrides `before_step`, and what else differs. The attributes below tell of the last
-    `before_step`.
-
-    Args:
-        rows: (prompt, gold response, rejected) as token ids; most methods read the first two.
-        run: models, generation and settings.
+    A method overrides `before_step`, and what else differs. `rows` are (prompt, gold response,
+    rejected) as token ids; the attributes tell of the last `before_step`.
     """
+
+    roles: tuple[str, ...] = ()  # copies of the start that it needs, beside the loss's reference
 
     def __init__(self, rows: Sequence[Any], run: Run) -> None:
         self.rows, self.run = rows, run
@@ -115,11 +103,6 @@ class Source:
         self.gone: list[Pair] = []  # pairs that cannot come again
         self.made: list[dict[str, Any]] = []  # rows to be written down, as text
         self.reference_version = 0  # another one whenever the reference has changed
-
-    @staticmethod
-    def roles(c: Any) -> list[str]:
-        """The models that it needs beside the policy: a copy of the start each."""
-        return ["reference"] if compares(c) else []
 
     @staticmethod
     def schedule(rows: int, c: Any) -> list[int]:
@@ -167,16 +150,13 @@ class SFT(Source):
 class SAPO(Source):
     """Chosen = the gold response; rejected = the same with a segment rewritten by the EMA."""
 
+    roles = ("ema",)
+
     def __init__(self, rows: Sequence[Pair], run: Run) -> None:
         super().__init__(rows, run)
         c = run.config
         self.buffer = ReplayBuffer(c.replay_capacity, c.seed) if c.replay_capacity else None
         self.ref_every = c.ref_update_every or math.ceil(len(rows) / c.batch_size)  # one epoch
-
-    @staticmethod
-    def roles(c: Any) -> list[str]:
-        """The EMA, and a reference where the loss has one."""
-        return ["ema", *Source.roles(c)]
 
     def before_step(self, t: int) -> list[Pair]:
         """EMA, reference, fresh pairs into the buffer, a batch out of it. The order matters."""
@@ -207,23 +187,21 @@ class SAPO(Source):
 
     def spoil(self, rows: Sequence[Pair], purpose: str = "eval", t: int = 0) -> list[Pair]:
         """Cuts each gold response, lets the EMA write the segment anew, and splices it in."""
-        c, cuts, prompts = self.run.config, [], []
+        c, cuts, asked = self.run.config, [], []
         most = c.max_length if c.segment_length == "full" else int(c.segment_length)
         for i, row in enumerate(rows):
             length = min(most, len(row.chosen))
             space = c.max_length - len(row.prompt) - length  # for A, if B' is to fit behind it
             rng = random.Random(hash_seed(c.seed, purpose, "cut", t, i))
-            cuts.append(choose_segment(len(row.chosen), length, space, rng, c.segment_rule))
-            prompts.append(row.prompt + row.chosen[: cuts[-1][0]])
-        most_new = [stop - start for start, stop in cuts]
-        seeds = [hash_seed(c.seed, purpose, "sample", t, i) for i in range(len(rows))]
-        rewrites, logps = self.run.generate(self.run.models["ema"], prompts, most_new, seeds)
-        pairs = []
-        for row, (start, stop), new, logp in zip(rows, cuts, rewrites, logps, strict=True):
+            start, stop = choose_segment(len(row.chosen), length, space, rng, c.segment_rule)
+            cuts.append((start, stop))
+            seed = hash_seed(c.seed, purpose, "sample", t, i)
+            asked.append((row.prompt + row.chosen[:start], stop - start, seed))
+        pairs, rewrites = [], self.run.generate(self.run.models["ema"], asked)
+        for row, (start, stop), (new, logp) in zip(rows, cuts, rewrites, strict=True):
             rejected = splice(row.chosen, start, stop, new, self.run.tokenizer.eos_ids)
-            pairs.append(
-                Pair(row.prompt, row.chosen, rejected, Cut(start, stop, start + len(new), logp))
-            )
+            cut = Cut(start, stop, start + len(new), logp)
+            pairs.append(Pair(row.prompt, row.chosen, rejected, cut))
         return pairs
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -243,15 +221,12 @@ class SPIN(Source):
     second iteration on, the previous one's pairs are trained on too.
     """
 
+    roles = ("reference",)
+
     def __init__(self, rows: Sequence[Pair], run: Run) -> None:
         super().__init__(rows, run)
         self.previous: dict[int, Pair] = {}  # by row, of the iteration before
         self.current: dict[int, Pair] = {}
-
-    @staticmethod
-    def roles(c: Any) -> list[str]:
-        """The opponent, whatever the loss."""
-        return ["reference"]
 
     @staticmethod
     def schedule(rows: int, c: Any) -> list[int]:
@@ -288,14 +263,14 @@ class SPIN(Source):
 
     def spoil(self, rows: Sequence[Pair], keys: Sequence[Any] | None = None) -> list[Pair]:
         """The opponent's response to each row's prompt, beside the gold one."""
-        c, prompts = self.run.config, [row.prompt for row in rows]
+        c = self.run.config
         keys = [("eval", i) for i in range(len(rows))] if keys is None else keys
-        seeds = [hash_seed(c.seed, "opponent", key) for key in keys]
-        most = budgets(prompts, c)
-        answers, logps = self.run.generate(self.run.models["reference"], prompts, most, seeds)
+        both = zip(rows, keys, strict=True)
+        asked = [request(row.prompt, c, hash_seed(c.seed, "opponent", key)) for row, key in both]
+        answers = self.run.generate(self.run.models["reference"], asked)
         return [
             Pair(row.prompt, row.chosen, new, Cut(0, len(row.chosen), len(new), logp))
-            for row, new, logp in zip(rows, answers, logps, strict=True)
+            for row, (new, logp) in zip(rows, answers, strict=True)
         ]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -319,9 +294,9 @@ def steps_for(rows: int, c: Any) -> int:
     return c.steps or max(1, math.ceil(c.epochs * rows / c.batch_size - 1e-9))
 
 
-def budgets(prompts: Sequence[Sequence[int]], c: Any) -> list[int]:
-    """The most tokens that a response to each prompt may have."""
-    return [min(c.max_new_tokens, c.max_length - len(p)) for p in prompts]
+def request(prompt: list[int], c: Any, seed: int) -> Request:
+    """Asks for a response to a prompt, of as many tokens as it may have."""
+    return prompt, min(c.max_new_tokens, c.max_length - len(prompt)), seed
 
 
 def pack(pairs: Iterable[Pair]) -> dict[str, Tensor]:
@@ -506,13 +481,9 @@ def orpo_loss(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor, lam: float =
     The odds p / (1 - p) of a probability within 1e-6 of 1 are those at that distance.
     """
     chosen, rejected = (x.clamp(max=-1e-6) for x in (chosen_mean_logp, rejected_mean_logp))
-    log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+    not_chosen, not_rejected = (torch.log(-torch.expm1(x)) for x in (chosen, rejected))
+    log_odds = (chosen - rejected) - (not_chosen - not_rejected)
     return -lam * F.logsigmoid(log_odds)
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, exact at both ends."""
-    return torch.log(-torch.expm1(x))
 
 
 def compares(c: Any) -> bool:
@@ -605,7 +576,8 @@ def segment_metrics(pairs: Sequence[Pair], table: Mapping[str, Tensor]) -> dict[
         before = totals.get(name, (0.0, 0))
         totals[name] = (before[0] + logp, before[1] + tokens)
 
-    columns = [table[f"logps/{name}"].tolist() for name in SEGMENT_COLUMNS]
+    names = ("segment", "new_segment", "rest", "new_rest")
+    columns = [table[f"logps/{name}"].tolist() for name in names]
     for pair, old, new, rest, new_rest in zip(pairs, *columns, strict=True):
         if pair.cut is None:
             continue
@@ -619,8 +591,6 @@ def segment_metrics(pairs: Sequence[Pair], table: Mapping[str, Tensor]) -> dict[
                 add("seam/new_logps", new_rest, len(pair.rejected) - new_stop)
     return {name: logp / tokens for name, (logp, tokens) in totals.items() if tokens}
 
-
-SEGMENT_COLUMNS = ("segment", "new_segment", "rest", "new_rest")
 
 # ------------------------------------------------------------------------------------- the flags
 

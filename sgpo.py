@@ -45,7 +45,7 @@ import data
 import sapo
 from data import Cut, Example, Messages, Pair, Target, TargetServer, Tokenizer
 from model import InputError, Positive, Weight, hash_seed
-from sapo import Run, batch_indices, budgets, describe, ended, pack, unpack
+from sapo import Answer, Run, batch_indices, describe, ended, pack, request, unpack
 
 IMPROVER = """A request and a first answer to it are below. Rewrite the answer so that it is \
 better: correct what is wrong, add what is missing, keep to what was asked, and be specific where \
@@ -118,23 +118,18 @@ class SGPO(sapo.Source):
         count = min(len(self.rows), steps * c.batch_size)
         order = batch_indices(0, count, len(self.rows), hash_seed(c.seed, "round", number))
         asks = [self.rows[i] for i in order]
-        answers, logps = self.write([row.prompt for _, row in asks], "answer", number)
+        answers = self.write([row.prompt for _, row in asks], "answer", number)
         frames = [
             frame(example.messages, tokenizer.response_text(answer), tokenizer, c)
-            for (example, _), answer in zip(asks, answers, strict=True)
+            for (example, _), (answer, _) in zip(asks, answers, strict=True)
         ]
         fits = [i for i in range(count) if len(frames[i]) < c.max_length]
-        wanted = [frames[i] for i in fits]
-        better, _ = self.write(wanted, "better", number, c.improve_temperature)
-        made = [
-            (
-                asks[i][0],
-                Pair(
-                    asks[i][1].prompt, new, answers[i], Cut(0, len(new), len(answers[i]), logps[i])
-                ),
-            )
-            for i, new in zip(fits, better, strict=True)
-        ]
+        better = self.write([frames[i] for i in fits], "better", number, c.improve_temperature)
+        made = []
+        for i, (new, _) in zip(fits, better, strict=True):
+            (example, row), (answer, logp) = asks[i], answers[i]
+            cut = Cut(0, len(new), len(answer), logp)
+            made.append((example, Pair(row.prompt, new, answer, cut)))
         made, dropped = self.choose(made)
         self.gone, self.round, self.pairs = self.pairs, number, [pair for _, pair in made]
         self.fresh = list(self.pairs)
@@ -177,21 +172,21 @@ class SGPO(sapo.Source):
 
     def write(
         self,
-        prompts: list[list[int]],
+        prompts: Sequence[list[int]],
         purpose: str,
         number: int,
         temperature: float | None = None,
-    ) -> tuple[list[list[int]], list[float]]:
+    ) -> list[Answer]:
         """The policy's continuations of prompts in a round."""
-        c = self.run.config
+        c, policy = self.run.config, self.run.models["policy"]
         seeds = [hash_seed(c.seed, purpose, number, i) for i in range(len(prompts))]
-        policy, most = self.run.models["policy"], budgets(prompts, c)
-        return self.run.generate(policy, prompts, most, seeds, temperature, purpose != "eval")
+        asked = [request(prompt, c, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return self.run.generate(policy, asked, temperature, keep=purpose != "eval")
 
     def spoil(self, rows: Sequence[Pair]) -> list[Pair]:
         """The policy's answer beside the gold response."""
-        answers = self.write([row.prompt for row in rows], "eval", self.round)[0]
-        return [row._replace(rejected=new) for row, new in zip(rows, answers, strict=True)]
+        answers = self.write([row.prompt for row in rows], "eval", self.round)
+        return [row._replace(rejected=new) for row, (new, _) in zip(rows, answers, strict=True)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The round and its pairs."""

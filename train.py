@@ -9,9 +9,9 @@ Every preference method is a source of pairs with a loss on top:
 
     source.before_step(t) -> pairs (prompt, chosen, rejected)  ->  loss  ->  policy t + 1
 
-The sources and the losses are in sapo.py and sgpo.py. Here are the loop and the learner, and with
-them ends what one reads in an evening. Behind them: what lies on disk, the ranks (the only place
-that knows of more than one process), the flags, and the whole run.
+The sources and the losses are in sapo.py and sgpo.py. Here come first the loop and the learner,
+where an evening's reading ends; then what lies on disk, the ranks (the only place that knows of
+more than one process), the flags, and the whole run.
 
 Shapes: N pairs. Log-probs are sums over response tokens, in nats, unless a name says mean.
 """
@@ -54,19 +54,23 @@ import sapo
 import sgpo
 from data import Pair
 from model import Count, InputError, Positive, Share, Transformer, Weight, Whole, hash_seed
-from sapo import Source, dpo_loss, orpo_loss
+from sapo import Answer, Request, Source, dpo_loss, orpo_loss
 
 __all__ = ["Config", "Learner", "dpo_loss", "fit", "main", "orpo_loss"]  # the losses are sapo.py's
 
-# Where each method's pairs come from, and the class whose flags it reads. A new method is a line.
-SOURCES: dict[str, tuple[type[Source], type]] = {
-    "sft": (sapo.SFT, object),
-    "dpo": (Source, object),
-    "orpo": (Source, object),
+# Where each method's pairs come from, and the class of the flags that it reads beside those that
+# all do. A new method is a line.
+SOURCES: dict[str, tuple[type[Source], Any]] = {
+    "sft": (sapo.SFT, None),
+    "dpo": (Source, None),
+    "orpo": (Source, None),
     "spin": (sapo.SPIN, sapo.Rounds),
     "sapo": (sapo.SAPO, sapo.Settings),
     "sgpo": (sgpo.SGPO, sgpo.Settings),
 }
+
+Row = dict[str, float]  # a step's metrics by name
+Table = dict[str, Tensor]  # columns of (N,) float64, one value a pair: see COLUMNS
 
 
 class Stopped(Exception):
@@ -94,10 +98,9 @@ def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
         if t == end or t % c.log_every == 0 or "seconds/eval" in row or source.made:
             files.log(t, row, source, pace=(time.perf_counter() - began) / (t - first))
         if learner.bad_steps == 5:
-            raise InputError(
-                "loss or gradient was not finite 5 steps in a row: try a lower --lr; "
-                f"the last checkpoint is {max(files.numbered().items(), default=(0, 'none'))[1]}"
-            )
+            last = max(files.numbered().items(), default=(0, "none: see --save-every"))[1]
+            told = "loss or gradient was not finite 5 steps in a row: try a lower --lr; the last "
+            raise InputError(f"{told}checkpoint is {last}")
         stops = learner.ranks.agree(learner.ranks.asked_to_stop)
         if stops or (c.save_every and t % c.save_every == 0):
             files.save(t, learner, source)
@@ -106,13 +109,8 @@ def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
     files.save_final(learner)
 
 
-def step(
-    c: Config, learner: Learner, source: Source, t: int
-) -> tuple[list[Pair], dict[str, Tensor], dict[str, float]]:
-    """One update: pairs, gradients over micro-batches, clipping, the optimizer.
-
-    Returns the pairs, `Learner.score`'s columns of them, and the step's row of metrics.
-    """
+def step(c: Config, learner: Learner, source: Source, t: int) -> tuple[list[Pair], Table, Row]:
+    """One update: pairs, gradients over micro-batches, clipping, the optimizer."""
     began, (number, first, end) = time.perf_counter(), source.stretch(t)
     if t == first:  # SPIN's iterations and SGPO's rounds are runs of their own
         learner.optimizer.state.clear()
@@ -120,9 +118,10 @@ def step(
     with learner.clock("source"):
         pairs = source.before_step(t)
     lr = lr_at(c, t - first, end - first, peak=nth(c.lr, number))
-    row = {"lr": lr, "pairs": float(len(pairs)), "grad_norm": 0.0}
+    row: Row = {"lr": lr, "pairs": float(len(pairs)), "grad_norm": 0.0}
     table = learner.score(pairs, source.reference_version, learn=True)
-    learner.forget(source.gone)
+    for pair in source.gone:
+        learner.known.pop(digest(pair), None)
     if pairs:
         row |= summary(pairs, table, c)
         with learner.clock("optimizer"):
@@ -131,11 +130,10 @@ def step(
     return pairs, table, row
 
 
-def evaluate(c: Config, learner: Learner, source: Source, files: Files) -> dict[str, float]:
+def evaluate(c: Config, learner: Learner, source: Source, files: Files) -> Row:
     """Held-out rows scored as training pairs are, and what the run's own test measures. Rows that
     have a rejected side keep it; the others get one from the source."""
-    row: dict[str, float] = {}
-    began = time.perf_counter()
+    row, began = Row(), time.perf_counter()
     with learner.clock("eval"):
         if files.eval_rows:
             new = iter(source.spoil([pair for pair in files.eval_rows if not pair.rejected]))
@@ -148,7 +146,7 @@ def evaluate(c: Config, learner: Learner, source: Source, files: Files) -> dict[
     return row | {"seconds/eval": time.perf_counter() - began}
 
 
-def summary(pairs: Sequence[Pair], table: Mapping[str, Tensor], c: Config) -> dict[str, float]:
+def summary(pairs: Sequence[Pair], table: Table, c: Config) -> Row:
     """Means over the pairs, from `Learner.score`'s columns. `rewards/accuracies` leaves out pairs
     whose two sides are equal, and `pairs/identical` is their share."""
     row = {"nll": -float(table["logps/chosen"].sum()) / sum(len(p.chosen) for p in pairs)}
@@ -193,26 +191,20 @@ def nth(values: Sequence[float], n: int) -> float:
 
 
 class Learner:
-    """The models and the optimizer, which knows no method: it scores pairs, learns from them, and
-    generates. It is the `sapo.Run` of its source.
+    """The models and the optimizer: it scores pairs, learns from them, and generates.
 
-    Args:
-        start: a model's folder; `roles` names the copies of it that stand beside the policy.
-        journal: where `generate` keeps what it is to keep.
+    It knows no method, and is the `sapo.Run` of its source. `start` is a model's folder, and
+    `roles` name the copies of it that stand beside the policy.
     """
 
+    journal: Journal | None = None  # for what `generate` is to keep
+
     def __init__(
-        self,
-        c: Config,
-        start: Path,
-        tokenizer: data.Tokenizer,
-        ranks: Ranks,
-        roles: Sequence[str] = (),
-        journal: Journal | None = None,
+        self, c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks, *roles: str
     ) -> None:
-        self.config, self.tokenizer, self.ranks, self.journal = c, tokenizer, ranks, journal
+        self.config, self.tokenizer, self.ranks = c, tokenizer, ranks
         self.policy = ranks.build(start, c, "policy")
-        self.optimizer = self.make_optimizer()  # at once: after a forward it may hold stale objects
+        self.optimizer = make_optimizer(self.policy, c)  # before a forward makes objects stale
         self.models = {"policy": self.policy}
         self.models |= {role: ranks.build(start, c, role) for role in roles}
         self.known: dict[int, tuple[float, ...]] = {}  # the reference's log-probs, by `digest`
@@ -220,21 +212,10 @@ class Learner:
         self.bad_steps = self.skipped = 0  # updates left out: in a row, and in all
         self.begin_step(c.beta[0])
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        """RMSprop or AdamW, a multi-tensor pass for each block: its temporaries are then small."""
-        c, blocks = self.config, [*self.policy.model["layers"].children()]
-        inner = {p for block in blocks for p in block.parameters()}
-        groups = [{"params": [*block.parameters()]} for block in blocks]
-        groups.append({"params": [p for p in self.policy.parameters() if p not in inner]})
-        settings: dict[str, Any] = {"lr": c.lr[0], "weight_decay": c.weight_decay, "foreach": True}
-        if c.optimizer == "rmsprop":
-            return torch.optim.RMSprop(groups, **settings)
-        return torch.optim.AdamW(groups, betas=(0.9, c.adam_beta2), **settings)
-
     def begin_step(self, beta: float) -> None:
-        """Sets the step's beta and its clocks."""
+        """Sets the step's beta, its clocks, and its tokens sampled and seen by the reference."""
         self.beta, self.seconds = beta, dict[str, float]()
-        self.generated, self.referred = 0, 0  # tokens sampled, and computed by the reference
+        self.generated = self.referred = 0
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -246,7 +227,7 @@ class Learner:
         inner = sum(self.seconds.values()) - before
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began - inner
 
-    def spent(self, pairs: Sequence[Pair], seconds: float) -> dict[str, float]:
+    def spent(self, pairs: Sequence[Pair], seconds: float) -> Row:
         """The step's clocks and counts. `tokens_per_second` counts separate sequences."""
         sides = [side for pair in pairs for side in pair[1:3] if side]
         tokens = sum(map(len, sides)) + sum(len(p.prompt) * (1 + bool(p.rejected)) for p in pairs)
@@ -287,10 +268,8 @@ class Learner:
             return [chosen for chosen, _ in self.sums(self.policy, rows)]
 
     def reference_logps(self, pairs: Sequence[Pair], version: int, keep: bool) -> Tensor:
-        """(N, 2) float32 on every rank: log-probs of chosen and rejected under the reference.
-
-        They are computed once for a pair, and kept until the reference changes or the pair cannot
-        come again (`forget`); all ranks keep the same. `keep`: false for held-out pairs.
+        """(N, 2) float32 on every rank: log-probs of chosen and rejected under the reference, once
+        for a pair, and kept until the reference is another `version`. `keep`: not held-out pairs.
         """
         if version != self.version:
             self.version = version
@@ -298,23 +277,17 @@ class Learner:
         keys = [digest(pair) for pair in pairs]
         missing = {k: p for k, p in zip(keys, pairs, strict=True) if k not in self.known}
         with self.clock("reference"):
-            found = dict(
-                zip(missing, self.sums(self.models["reference"], [*missing.values()]), strict=True)
-            )
+            sums = self.sums(self.models["reference"], [*missing.values()])
         self.referred += sum(map(lm.tree_size, missing.values()))
-        rows = [found[key] if key in found else self.known[key] for key in keys]
+        found = self.known | dict(zip(missing, sums, strict=True))
         if keep:
-            self.known |= found
+            self.known = found
+        rows = [found[key] for key in keys]
         return torch.tensor(rows, dtype=torch.float32, device=self.ranks.device).view(-1, 2)
 
-    def forget(self, pairs: Sequence[Pair]) -> None:
-        """Drops what is known of pairs that cannot come again."""
-        for pair in pairs:
-            self.known.pop(digest(pair), None)
-
-    def score(self, pairs: Sequence[Pair], version: int, learn: bool) -> dict[str, Tensor]:
-        """Columns of (N,) float64, by the names of COLUMNS, on every rank; `learn`: the gradient
-        too. `version` is the reference's."""
+    def score(self, pairs: Sequence[Pair], version: int, learn: bool) -> Table:
+        """COLUMNS of (N,) float64, on every rank; `learn`: the gradient too. `version`: of the
+        reference."""
         c, count = self.config, len(pairs)
         stats = torch.zeros(count, len(COLUMNS), dtype=torch.float64, device=self.ranks.device)
         references = torch.zeros(count, 2, device=self.ranks.device)
@@ -331,11 +304,11 @@ class Learner:
                 loss = loss - c.nll * (policy[0] * weights).sum() / tokens
                 if learn:  # FSDP averages gradients over ranks; the sum is wanted
                     (loss * self.ranks.world).backward()
-            computed = torch.tensor([lm.tree_size(pair) for pair in batch], device=loss.device)
-            whole = (losses, *policy[:2], *reference, *rewards)
+            sizes = torch.tensor([lm.tree_size(pair) for pair in batch], device=loss.device)
             segments = sapo.segment_logprobs(batch, parts).unbind(1)
-            columns = [x.detach().double() for x in (*whole, *segments, computed)]
-            stats[places] += torch.stack(columns, 1) * weights[:, None]
+            columns = (losses, *policy[:2], *reference, *rewards, *segments, sizes)
+            values = torch.stack([column.detach().double() for column in columns], 1)
+            stats[places] += values * weights[:, None]
         table = self.ranks.sum(stats).cpu()  # once: each number read from a device waits for it
         return dict(zip(COLUMNS, table.unbind(1), strict=True))
 
@@ -356,40 +329,33 @@ class Learner:
         return value
 
     def generate(
-        self,
-        model: Transformer,
-        prompts: list[list[int]],
-        budgets: list[int],
-        seeds: list[int],
-        temperature: float | None = None,
-        keep: bool = False,
-    ) -> tuple[list[list[int]], list[float]]:
+        self, model: Any, asked: list[Request], temperature: float | None = None, keep: bool = False
+    ) -> list[Answer]:
         """As `sapo.Run` says. The rows are spread over the ranks; each gets all of the answer."""
         c, ranks = self.config, self.ranks
-        sampling: dict[str, Any] = {"top_k": c.top_k, "top_p": c.top_p, "return_logprobs": True}
-        sampling["temperature"] = c.temperature if temperature is None else temperature
-        sampling |= {"eos_ids": self.tokenizer.eos_ids, "batch_size": c.generate_batch_size}
+        temperature = c.temperature if temperature is None else temperature
+        how: dict[str, Any] = {"temperature": temperature, "top_k": c.top_k, "top_p": c.top_p}
+        how |= {"eos_ids": self.tokenizer.eos_ids, "batch_size": c.generate_batch_size}
 
-        def write(rows: Sequence[Ask]) -> list[tuple[list[int], float]]:
+        def write(rows: Sequence[Request]) -> list[Answer]:
             mine = rows[ranks.rank :: ranks.world]
-            asked, most, keys = ([row[k] for row in mine] for k in range(3))
-            new, logps = lm.generate(ready, asked, most, seed=keys, **sampling)
-            self.generated += sum(map(len, new))
-            return ranks.join(new, [*map(math.fsum, logps)], len(rows))
+            prompts, most, seeds = ([row[k] for row in mine] for k in range(3))
+            new, logps = lm.generate(ready, prompts, most, seed=seeds, return_logprobs=True, **how)
+            return ranks.join([*zip(new, map(math.fsum, logps), strict=True)], len(rows))
 
-        rows = [*zip(prompts, budgets, seeds, strict=True)]
         with self.clock("generate"), ranks.decoder(model) as ready:
-            kept = keep and self.journal is not None
-            done = self.journal.complete(ranks.norm(model), rows, write) if kept else write(rows)
-        return [tokens for tokens, _ in done], [logp for _, logp in done]
+            if keep and self.journal is not None:
+                done = self.journal.complete(ranks.norm(model), asked, write)
+            else:
+                done = write(asked)
+        self.generated += sum(len(tokens) for tokens, _ in done)
+        return done
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the policy's weights, by name, sharded as it lies."""
+        others = {role: model for role, model in self.models.items() if role != "policy"}
         tree = {
-            f"{role}.{name}": parameter
-            for role, model in self.models.items()
-            if role != "policy"
-            for name, parameter in model.named_parameters()
+            f"{role}.{name}": p for role, m in others.items() for name, p in m.named_parameters()
         }
         tree |= {
             f"optimizer.{name}.{key}": value
@@ -403,18 +369,17 @@ class Learner:
 
     def load_state_dict(self, tree: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave, each rank its shards."""
-        for role, model in self.models.items():
-            for name, parameter in model.named_parameters() if role != "policy" else ():
-                with torch.no_grad():
-                    self.ranks.place(parameter, tree[f"{role}.{name}"])
+        others = {role: model for role, model in self.models.items() if role != "policy"}
+        for role, model in others.items():
+            for name, parameter in model.named_parameters():
+                self.ranks.place(parameter, tree[f"{role}.{name}"])
         for name, parameter in self.policy.named_parameters():
-            for key in ("step", "square_avg", "exp_avg", "exp_avg_sq"):
-                if (saved := f"optimizer.{name}.{key}") in tree:
-                    state = self.optimizer.state[parameter]
-                    state[key] = tree[saved]
-                    if key != "step":
-                        state[key] = torch.zeros_like(parameter).detach()
-                        self.ranks.place(state[key], tree[saved])
+            prefix, state = f"optimizer.{name}.", self.optimizer.state[parameter]
+            for key in [name.removeprefix(prefix) for name in tree if name.startswith(prefix)]:
+                state[key] = tree[prefix + key]
+                if key != "step":
+                    state[key] = torch.zeros_like(parameter).detach()
+                    self.ranks.place(state[key], tree[prefix + key])
         logps = map(tuple, tree["known.logps"].tolist())
         self.known = dict(zip(tree["known.keys"].tolist(), logps, strict=True))
         self.bad_steps, self.skipped, self.version = tree["counts"].tolist()
@@ -431,7 +396,19 @@ def digest(pair: Pair) -> int:
     return hash_seed(*pair[:3])
 
 
-# ---------------------------------------------------------------------- what lies on disk
+def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
+    """RMSprop or AdamW, a multi-tensor pass for each block: its temporaries are then small."""
+    blocks = [*policy.model["layers"].children()]
+    inner = {p for block in blocks for p in block.parameters()}
+    groups = [{"params": [*block.parameters()]} for block in blocks]
+    groups.append({"params": [p for p in policy.parameters() if p not in inner]})
+    settings: dict[str, Any] = {"lr": c.lr[0], "weight_decay": c.weight_decay, "foreach": True}
+    if c.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, **settings)
+    return torch.optim.AdamW(groups, betas=(0.9, c.adam_beta2), **settings)
+
+
+# ------------------------------------------------------------------------------ what lies on disk
 
 
 @dataclass
@@ -443,8 +420,8 @@ class Files:
     tokenizer: data.Tokenizer
     metrics: Path  # a JSON object per logged step
     final: Path  # the trained model
+    phase: str  # its name in the rows
     checkpoints: Path | None = None
-    phase: str = ""  # its name in the rows
     before: int = 0  # steps of the phases before this one
     eval_rows: Sequence[Pair] = ()
     test: Callable[[Transformer], dict[str, float]] | None = None  # more held-out metrics
@@ -455,25 +432,23 @@ class Files:
         self,
         t: int,
         pairs: Sequence[Pair],
-        table: Mapping[str, Tensor],
-        row: Mapping[str, float],
+        table: Table,
+        row: Row,
         learner: Learner,
         source: Source,
     ) -> None:
         """A step's pairs and numbers, for --trace and --show-every."""
         c = learner.config
         if self.trace is not None and self.before + t <= c.trace_steps:
-            norms = {f"norm/{name}": math.nan for name in ("policy", "ema", "reference")}
-            norms |= {f"norm/{r}": self.ranks.norm(m) for r, m in learner.models.items()}
-            scalars = {key: row.get(key, math.nan) for key in ("loss", "nll", "grad_norm", "lr")}
-            scalars |= norms | {"beta": learner.beta}
+            norms = {f"norm/{role}": self.ranks.norm(m) for role, m in learner.models.items()}
             if self.ranks.first:
-                self.trace.add(self.before + t, pairs, table, source, scalars)
+                row = row | norms | {"beta": learner.beta}
+                self.trace.add(self.before + t, pairs, table, row, source)
         if c.show_every and (t - 1) % c.show_every == 0 and self.ranks.first:
             for pair in [pair for pair in pairs if pair.cut is not None][:1]:
                 print(sample.paint(pair, self.tokenizer.decode))
 
-    def log(self, t: int, row: dict[str, float], source: Source, pace: float) -> None:
+    def log(self, t: int, row: Row, source: Source, pace: float) -> None:
         """Appends the row to metrics.jsonl, and what the source has made to pairs.jsonl; prints the
         line that a person reads. `pace`: seconds a step."""
         if not self.ranks.first:
@@ -485,9 +460,9 @@ class Files:
         names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
         names |= {"segment/identical": "same", "grad_norm": "norm", "lr": "lr"}
         shown = " ".join(f"{names[k]} {row[k]:.4g}" for k in names if k in row)
-        left = round(pace * (source.bounds[-1] - t))
+        steps, left = source.bounds[-1], round(pace * (source.bounds[-1] - t))
         clock = f"{1 / pace:.2f} steps/s {left // 60}:{left % 60:02} left"
-        print(f"{self.phase} {t}/{source.bounds[-1]} {shown} {clock}", flush=True)
+        print(f"{self.phase} {t}/{steps} {shown} {clock}", flush=True)
 
     def numbered(self) -> dict[int, Path]:
         """The checkpoints on disk by their number of steps."""
@@ -515,7 +490,7 @@ class Files:
     def restore(self, learner: Learner, source: Source) -> int:
         """Takes up the newest whole checkpoint of this phase; returns the steps that it has done of
         it, or 0 where there is none."""
-        step, parameters = self.before, dict(learner.policy.named_parameters())
+        done, parameters = 0, dict(learner.policy.named_parameters())
         for number, folder in sorted(self.numbered().items(), reverse=True):
             if number <= self.before:
                 break
@@ -525,23 +500,23 @@ class Files:
             except InputError as error:
                 self.ranks.warn(f"{folder} is not whole, and left out: {error}")
                 continue
-            if number - self.before > source.bounds[-1]:
+            done = number - self.before
+            if done > source.bounds[-1]:
                 told = f"--steps {source.bounds[-1]}, but {folder} is beyond that already"
                 raise InputError(told)
             lm.load_weights(parameters, folder / "policy", self.ranks.place)
             learner.load_state_dict(tree)
-            names = [name for name in tree if name.startswith("source.")]
-            source.load_state_dict({name.removeprefix("source."): tree[name] for name in names})
-            source.bend(tree["bounds"].tolist(), number - self.before)
-            step = number
+            own = {n.removeprefix("source."): tree[n] for n in tree if n.startswith("source.")}
+            source.load_state_dict(own)
+            source.bend(tree["bounds"].tolist(), done)
             break
         if self.ranks.first:
-            keep_rows(self.metrics, "step", step)
+            keep_rows(self.metrics, "step", self.before + done)
             keep_rows(self.metrics.with_name("pairs.jsonl"), "round", source.round)
-            found = f"resuming after step {step}" if step > self.before else "no checkpoint yet"
-            print(found if step > self.before else f"{found}: starting afresh")
+            afresh = "no checkpoint yet: starting afresh"
+            print(f"resuming after step {self.before + done}" if done else afresh)
         self.ranks.barrier()
-        return step - self.before
+        return done
 
     def save_final(self, learner: Learner) -> None:
         """The policy, in the type that --save-dtype says."""
@@ -589,9 +564,6 @@ class Files:
         self.ranks.barrier()
 
 
-Ask = tuple[list[int], int, int]  # a prompt, the most new tokens, a seed
-
-
 @dataclass
 class Journal:
     """A file of what has been generated of a round, so that a stopped run keeps it."""
@@ -603,9 +575,9 @@ class Journal:
     def complete(
         self,
         stamp: float,
-        rows: Sequence[Ask],
-        write: Callable[[Sequence[Ask]], list[tuple[list[int], float]]],
-    ) -> list[tuple[list[int], float]]:
+        rows: Sequence[Request],
+        write: Callable[[Sequence[Request]], list[Answer]],
+    ) -> list[Answer]:
         """The rows' answers: those on file, where the model (`stamp`) and the row are the same, and
         the others written now. Raises Stopped where the run is to stop."""
         keys = [hash_seed(stamp, *row) for row in rows]
@@ -627,13 +599,10 @@ class Trace:
     """The first steps of a run in one safetensors file (`--trace`), to check another program by.
 
         step/step (S,), and as long: step/loss, step/nll, step/grad_norm (before clipping), step/lr,
-            step/beta, step/norm/policy (after the step), and step/norm/ema and step/norm/reference
-            (as the step used them)
-        pair/step (N,), and as long: pair/place, where a pair was drawn from (the replay buffer
-            with this step's fresh pairs in it, 0 the oldest; SPIN's pool; SGPO's round; the rows),
-            and the columns of `Learner.score`, log-probs being sums under the policy before it
-        pair/lengths (N, 3): tokens of prompt, chosen and rejected, which lie one behind the other
-            in pair/tokens
+            step/beta, step/norm/policy (after it), step/norm/ema, step/norm/reference (in it)
+        pair/step (N,), and as long: pair/place, where a pair was drawn from (the replay buffer with
+            the fresh pairs in it, 0 the oldest; SPIN's pool; SGPO's round; the rows), and COLUMNS
+        pair/lengths (N, 3): of prompt, chosen, rejected, one behind the other in pair/tokens
         pair/bounds (N, 3): chosen[start:stop] is B, rejected[start:new_stop] B', or -1; pair/logp
             (N,): the log-prob of B' under the model that wrote it
         fresh/...: the same five of the pairs made at a step, in the order they were stored
@@ -654,16 +623,12 @@ class Trace:
         except OSError as error:
             raise InputError(f"--trace {c.trace} cannot be written: {error.strerror}") from None
 
-    def add(
-        self,
-        step: int,
-        pairs: Sequence[Pair],
-        table: Mapping[str, Tensor],
-        source: Source,
-        scalars: Mapping[str, float],
-    ) -> None:
+    def add(self, step: int, pairs: Sequence[Pair], table: Table, row: Row, source: Source) -> None:
         """Records a step and writes the file anew: it is small, and the run may be killed."""
-        part = {f"step/{k}": torch.tensor([x], dtype=torch.float64) for k, x in scalars.items()}
+        names = "loss nll grad_norm lr beta norm/policy norm/ema norm/reference".split()  # noqa: SIM905
+        part = {
+            f"step/{k}": torch.tensor([row.get(k, math.nan)], dtype=torch.float64) for k in names
+        }
         part["step/step"] = torch.tensor([step])
         part |= {f"pair/{key}": values for key, values in table.items()}
         part["pair/place"] = torch.tensor(source.picked, dtype=torch.int64)
@@ -858,25 +823,21 @@ class Ranks:
         with torch.compiler.set_stance("force_eager"):
             yield model
 
-    def join(
-        self, tokens: list[list[int]], logps: list[float], count: int
-    ) -> list[tuple[list[int], float]]:
-        """Rows of tokens and a number each, of which this rank has every world-th, on every rank.
-        No pickle: padded integers."""
+    def join(self, answers: list[Answer], count: int) -> list[Answer]:
+        """All answers on every rank, of which this one has every world-th. No pickle: padded
+        integers."""
         if self.world == 1:
-            return list(zip(tokens, logps, strict=True))
+            return answers
         mine = range(self.rank, count, self.world)
-        lengths = torch.zeros(count, dtype=torch.int64, device=self.device)
-        sums = torch.zeros(count, dtype=torch.float64, device=self.device)
-        for i, row, logp in zip(mine, tokens, logps, strict=True):
-            lengths[i], sums[i] = len(row), logp
-        self.sum(lengths)
-        most = int(lengths.max()) if count else 0
+        sizes = torch.zeros(count, 2, dtype=torch.float64, device=self.device)
+        for i, (tokens, logp) in zip(mine, answers, strict=True):
+            sizes[i, 0], sizes[i, 1] = len(tokens), logp
+        most = int(self.sum(sizes)[:, 0].max()) if count else 0
         table = torch.zeros(count, most, dtype=torch.int64, device=self.device)
-        for i, row in zip(mine, tokens, strict=True):
-            table[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        rows = zip(self.sum(table).tolist(), lengths.tolist(), strict=True)
-        return list(zip([row[:n] for row, n in rows], self.sum(sums).tolist(), strict=True))
+        for i, (tokens, _) in zip(mine, answers, strict=True):
+            table[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        rows = zip(self.sum(table).tolist(), sizes.tolist(), strict=True)
+        return [(row[: int(size)], logp) for row, (size, logp) in rows]
 
 
 # -------------------------------------------------------------------------------------- the flags
@@ -1074,22 +1035,22 @@ def parse_args(argv: Sequence[str]) -> Config:
 
 def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
     """The flags that were given, and that neither the method nor its loss or optimizer reads."""
-    methods = [kind for _, kind in SOURCES.values() if kind is not object]
-    theirs = {f.name for kind in methods for f in dataclasses.fields(kind)}
-    kind = SOURCES[c.method][1]
-    read = {f.name for f in dataclasses.fields(kind)} if kind is not object else set()
-    phase_1 = "target_source target_model target_workers target_instruction improver_epochs"
-    cold = not c.temperature and not c.improve_temperature
+    kinds = [kind for _, kind in SOURCES.values()]
+    theirs = {k: {f.name for f in dataclasses.fields(k)} if k else set[str]() for k in kinds}
+    asking = "target_model target_workers target_instruction "
+    phase_1 = asking + "target_source improver_epochs improver_lr improver_mix fence_k fence_given"
     idle = {
-        " ".join(theirs - read): True,
+        " ".join(set().union(*theirs.values()) - theirs[SOURCES[c.method][1]]): True,
         "beta": c.loss is None,
         "orpo_lambda": c.loss != "orpo",
-        "ref_update ref_update_every": not sapo.compares(c),
+        "label_smoothing": c.loss != "dpo",
+        "length_normalize ref_update ref_update_every": not sapo.compares(c),
+        "nll_weight": c.loss in (None, "orpo"),
         "adam_beta2": c.optimizer != "adamw",
-        "top_k top_p": cold,
+        "top_k top_p": not c.temperature and not c.improve_temperature,
         "trace_steps": c.trace is None,
-        "target_model target_workers target_instruction": not is_url(c),
-        f"{phase_1} improver_lr improver_mix fence_k fence_given model": c.improver is not None,
+        asking: not is_url(c),
+        f"{phase_1} model": c.improver is not None,
     }
     names = {name for some, applies in idle.items() if applies for name in some.split()}
     return [name for name in given if name in names]
@@ -1097,63 +1058,51 @@ def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
 
 def check(c: Config) -> Config:
     """Fills in what others decide. Raises InputError for values that make no sense together."""
-    if c.max_prompt_length is None:
-        c.max_prompt_length = max(2, c.max_length * 7 // 8)
+    c.max_prompt_length = c.max_prompt_length or max(2, c.max_length * 7 // 8)
     if c.method != "sft" and c.loss is None:
         c.loss = "orpo" if c.method == "orpo" else "dpo"
-    whole = c.segment_length == "full" or c.segment_length.isdecimal()
-    more = max(c.sample_every, c.responses_per_prompt) > 1
-    per_token = c.loss in (None, "orpo")
-    wrong = {
-        f"--segment-length is {c.segment_length!r}, not a number of tokens or 'full'": not whole
-        or (c.segment_length != "full" and not 0 < int(c.segment_length) < 10**9),
-        f"--max-prompt-length {c.max_prompt_length} leaves no room for a response within "
-        f"--max-length {c.max_length}": c.max_prompt_length > c.max_length,
-        f"--loss {c.loss} needs pairs, and --method sft has none": c.method == "sft" and c.loss,
-        f"--method orpo with --loss {c.loss}: that is --method dpo": c.method == "orpo"
-        and c.loss != "orpo",
-        "--sample-every and --responses-per-prompt above 1 need a replay buffer, and "
-        "--replay-capacity is 0": c.method == "sapo" and not c.replay_capacity and more,
-        f"--replay-capacity {c.replay_capacity} is below --batch-size {c.batch_size}: pairs would "
-        "be dropped unseen": c.method == "sapo" and 0 < c.replay_capacity < c.batch_size,
-        "--nll-weight adds to a loss without an NLL term; SFT and ORPO have one": c.nll_weight
-        and per_token,
-        f"--label-smoothing is for --loss dpo, not {c.loss or 'SFT'}": c.label_smoothing
-        and c.loss != "dpo",
-        "--length-normalize is for the dpo, ipo and hinge losses; SFT and ORPO are per token as "
-        "they are": c.length_normalize and per_token,
-        "--chat-template is for --model: the built-in start has its own": c.chat_template
-        and not (c.model or c.improver),
-        "--trace records a run from its first step: not with --resume": c.trace is not None
-        and c.resume,
-    }
-    for message, applies in wrong.items():
+    if c.method == "sgpo":
+        c.model = c.improver or c.model
+        c.target_source = c.target_source or ("tasks" if c.data is None else "gold")
+        if is_url(c):
+            target_server(c)
+    sapo_buffer = c.replay_capacity if c.method == "sapo" else c.batch_size
+    segment = int(c.segment_length) if c.segment_length.isdecimal() else 0
+    asked = {"improver": c.improver_instruction, "target": c.target_instruction}
+    parts = [(name, part) for name in asked for part in ("{prompt}", "{answer}")]
+    lacking = [f"--{name}-instruction holds no {p}" for name, p in parts if p not in asked[name]]
+    wrong = (
+        (c.segment_length != "full" and not 0 < segment < 10**9,
+         f"--segment-length is {c.segment_length!r}, not a number of tokens or 'full'"),
+        (c.max_prompt_length > c.max_length,
+         f"--max-prompt-length {c.max_prompt_length} leaves no room for a response within "
+         f"--max-length {c.max_length}"),
+        (c.method == "sft" and c.loss, f"--loss {c.loss} needs pairs, and --method sft has none"),
+        (c.method == "orpo" and c.loss != "orpo",
+         f"--method orpo with --loss {c.loss}: that is --method dpo"),
+        (not sapo_buffer and max(c.sample_every, c.responses_per_prompt) > 1,
+         "--sample-every and --responses-per-prompt above 1 need a replay buffer, and "
+         "--replay-capacity is 0"),
+        (0 < sapo_buffer < c.batch_size,
+         f"--replay-capacity {c.replay_capacity} is below --batch-size {c.batch_size}: pairs would "
+         "be dropped unseen"),
+        (c.chat_template and not c.model,
+         "--chat-template is for --model: the built-in start has its own"),
+        (c.trace is not None and c.resume,
+         "--trace records a run from its first step: not with --resume"),
+        (c.method == "sgpo" and is_url(c) and not c.target_model,
+         "--target-source is a URL: --target-model must say which model to ask"),
+        (c.method == "sgpo" and c.target_source == "tasks" and c.data is not None,
+         "--target-source tasks mends the built-in tasks, and --data is given"),
+        (c.keep_identical and c.loss != "orpo" and not c.nll_weight,
+         "--keep-identical is for --loss orpo or --nll-weight: no other loss learns"),
+        (lacking, "; ".join(lacking)),
+    )  # fmt: skip
+    for applies, message in wrong:
         if applies:
             raise InputError(message)
-    if c.date is not None:
-        with lm.reading("--date"):
-            datetime.datetime.fromisoformat(c.date)
-    return check_sgpo(c) if c.method == "sgpo" else c
-
-
-def check_sgpo(c: Config) -> Config:
-    """The same for SGPO's flags; says which source of targets is meant by default."""
-    c.model = c.improver or c.model
-    c.target_source = c.target_source or ("tasks" if c.data is None else "gold")
-    if is_url(c):
-        target_server(c)
-        if not c.target_model:
-            raise InputError("--target-source is a URL: --target-model must say which model to ask")
-    if c.target_source == "tasks" and c.data is not None:
-        raise InputError("--target-source tasks mends the built-in tasks, and --data is given")
-    if c.keep_identical and c.loss != "orpo" and not c.nll_weight:
-        raise InputError(
-            "--keep-identical is for --loss orpo or --nll-weight: no other loss learns"
-        )
-    for name in ("improver_instruction", "target_instruction"):
-        for part in ("{prompt}", "{answer}"):
-            if part not in getattr(c, name):
-                raise InputError(f"--{name.replace('_', '-')} holds no {part}")
+    with lm.reading(f"--date {c.date}"):
+        datetime.datetime.fromisoformat(c.date or "2026-01-31")
     return c
 
 
@@ -1165,8 +1114,8 @@ def is_url(c: Config) -> bool:
 def target_server(c: Config) -> data.TargetServer:
     """The server of --target-source. Raises InputError for a URL or a key that cannot be right."""
     key = os.environ.get("OPENAI_API_KEY", "").strip() or None
-    url, model = (c.target_source or "").rstrip("/"), c.target_model or ""
-    return data.TargetServer(url, model, key, c.target_workers)
+    url = (c.target_source or "").rstrip("/")
+    return data.TargetServer(url, c.target_model or "", key, c.target_workers)
 
 
 # ---------------------------------------------------------------------------------- the whole run
@@ -1177,15 +1126,11 @@ def main(argv: Sequence[str]) -> int:
     ranks = None
 
     def stop(number: int, _: Any) -> None:
-        """The first SIGTERM or SIGINT asks the loop to save and stop. A second SIGINT interrupts,
-        but not under torchrun, which hands a terminal's on and so sends each twice."""
+        """Asks the loop to save and stop, or interrupts at a second SIGINT; but torchrun hands a
+        terminal's on, and so sends each twice."""
         if ranks is None:
             raise SystemExit(143)
-        if (
-            ranks.asked_to_stop
-            and number == signal.SIGINT
-            and "TORCHELASTIC_RUN_ID" not in os.environ
-        ):
+        if ranks.asked_to_stop and number == signal.SIGINT and not dist.is_torchelastic_launched():
             raise KeyboardInterrupt
         ranks.asked_to_stop = True
 
@@ -1219,9 +1164,8 @@ def run(c: Config, ranks: Ranks) -> None:
     if c.resume and (out / "final").exists():
         print(f"{out} holds a finished run: nothing to resume")
         return
-    saved = stopped_run(c, out, ranks)
-    now = datetime.datetime.now().isoformat(timespec="seconds")
-    c.date = c.date or saved.get("date") or now
+    saved = lm.read_json(out / "args.json") if c.resume and (out / "args.json").is_file() else {}
+    c.date = c.date or saved.get("date", datetime.datetime.now().isoformat(timespec="seconds"))
     tokenizer = load_tokenizer(c)
     start = Path(c.model) if c.model else out / "start"
     if c.model:
@@ -1229,31 +1173,31 @@ def run(c: Config, ranks: Ranks) -> None:
     rows, asks, eval_rows, counts = read_rows(c, tokenizer)
     source = SOURCES[c.method][0]
     steps = source.schedule(len(rows), c)[-1]
+    told = f"method {c.method}, loss {c.loss or 'nll'}, model {c.model or 'built-in'}, "
+    told += f"{len(rows)} rows, {steps} steps, rate {' '.join(map(str, c.lr))}, {c.optimizer}, "
     if ranks.first:
-        print(
-            f"method {c.method}, loss {c.loss or 'nll'}, model {c.model or 'built-in'}, "
-            f"{len(rows)} rows, {steps} steps, rate {' '.join(map(str, c.lr))}, {c.optimizer}, "
-            f"{c.precision}", *counts, sep="\n", flush=True,
-        )  # fmt: skip
+        print(told + c.precision, *counts, sep="\n", flush=True)
     trace = Trace(c) if c.trace is not None else None
-    claim(c, out, ranks, saved, inputs(c, tokenizer, rows, asks, eval_rows))
+    claim(c, ranks, saved, inputs(c, tokenizer, rows, asks, eval_rows))
     if not c.model and not start.exists():
         pretrain(c, start, tokenizer, ranks)
-    files = Files(ranks, tokenizer, out / "metrics.jsonl", out / "final", out / "checkpoints")
-    files.eval_rows, files.trace, files.phase = eval_rows, trace, c.method
+    files = Files(ranks, tokenizer, out / "metrics.jsonl", out / "final", c.method)
+    files.checkpoints, files.eval_rows, files.trace = out / "checkpoints", eval_rows, trace
     journal = Journal(out / ".generated.jsonl", ranks, 8 * c.generate_batch_size * ranks.world)
     models = {"start": start, "sft control": out / "control", "improver": out / "improver"}
     if on_tasks:
         files.test = functools.partial(task_test, tokenizer=tokenizer, seed=c.seed)
     if c.method == "sgpo":
-        told = json.dumps({"instruction": c.improver_instruction}, indent=2)
-        files.beside = {sample.IMPROVER_FILE: told}
+        text = json.dumps({"instruction": c.improver_instruction}, indent=2)
+        files.beside = {sample.IMPROVER_FILE: text}
         if c.improver is None:
             files.before = train_improver(c, start, asks, files, journal)
             start = models["improver"]
     if on_tasks and c.method != "sft" and not models["sft control"].exists():
         control(c, models["start"], files, files.before + steps)
-    learner = Learner(c, start, tokenizer, ranks, source.roles(c), journal)
+    roles = {*source.roles, *(["reference"] if sapo.compares(c) else [])}
+    learner = Learner(c, start, tokenizer, ranks, *roles)
+    learner.journal = journal
     fit(c, learner, source(rows, learner), files)
     if ranks.first:
         journal.path.unlink(missing_ok=True)
@@ -1277,34 +1221,31 @@ def load_tokenizer(c: Config) -> data.Tokenizer:
 def read_rows(
     c: Config, tokenizer: data.Tokenizer
 ) -> tuple[list[Any], list[sgpo.Ask], list[Pair], list[str]]:
-    """What the source takes, SGPO's rows for phase 1, held-out rows, and lines that say what was
-    dropped and cut. Raises InputError for what could not be used later, when targets have been paid
-    for."""
+    """What the source takes, SGPO's rows for phase 1, held-out rows, and lines on what was dropped
+    and cut. Raises InputError for what could not be used later, when targets have been paid for."""
     told: list[str] = []
 
-    def read(
-        paths: list[str] | None, rejected: bool | None = False, prompts: bool = False, n: int = 128
-    ) -> tuple[list[data.Example], list[Pair]]:
-        """The files' rows, or so many of the built-in tasks."""
-        found = data.load_examples(paths, rejected, prompts) if paths else task_rows(c, n)
+    def read(paths: list[str] | None, n: int = 128, **how: Any) -> list[sgpo.Ask]:
+        found = (
+            data.load_examples(paths, **how) if paths else data.task_examples("clean", n, c.seed)
+        )
         limits = (c.max_length, c.max_prompt_length or 0)
         examples, rows, counts = data.encode_examples(found, tokenizer, *limits)
         told.append(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
-        return examples, rows
-
-    paired = SOURCES[c.method][0] is Source  # it takes the rows' own rejected sides
-    eval_rows = read(c.eval_data, paired or None)[1] if c.eval_data else []
-    if c.method != "sgpo":
-        return read(c.data, paired)[1], [], eval_rows, told
+        return [*zip(examples, rows, strict=True)]
 
     def read_asks(paths: list[str] | None, n: int) -> list[sgpo.Ask]:
-        """Prompts with or without a gold response."""
-        both = zip(*read(paths, prompts=True, n=n), strict=True)
+        both = read(paths, n, prompts=True)
         asks = [(one, row if one.response else row._replace(chosen=[])) for one, row in both]
         kept = sgpo.leave_room(asks, tokenizer, c)
         told.append(f"{len(kept)} prompts, {len(asks) - len(kept)} too long to be improved on")
         return kept
 
+    paired = SOURCES[c.method][0] is Source  # it takes the rows' own rejected sides
+    held_out = read(c.eval_data, rejected=paired or None) if c.eval_data else []
+    eval_rows = [row for _, row in held_out]
+    if c.method != "sgpo":
+        return [row for _, row in read(c.data, rejected=paired)], [], eval_rows, told
     asks = [] if c.improver else read_asks(c.data, 128)
     if asks and c.target_source == "gold" and not any(row.chosen for _, row in asks):
         raise InputError("--target-source gold, and no row of --data has a response")
@@ -1313,32 +1254,10 @@ def read_rows(
     return read_asks(c.preference_data or c.data, 1024), asks, eval_rows, told
 
 
-def task_rows(c: Config, n: int) -> list[data.Example]:
-    """Built-in tasks with right answers; the first 128 are the clean set."""
-    return data.task_examples("clean", n, c.seed)
-
-
 def task_test(model: Transformer, tokenizer: data.Tokenizer, seed: int) -> dict[str, float]:
     """Greedy accuracy on the built-in tasks' validation prompts."""
     shares = sample.task_accuracy(model, tokenizer, seed, 0.0, "validation")
     return {f"eval/accuracy/{kind}": share for kind, share in shares.items()}
-
-
-def stopped_run(c: Config, out: Path, ranks: Ranks) -> dict[str, Any]:
-    """On resume, what is in OUT/args.json of the run that was stopped; else nothing. Raises
-    InputError where its flags were others."""
-    if not (c.resume and (out / "args.json").is_file()):
-        return {}
-    saved, now = lm.read_json(out / "args.json"), dataclasses.asdict(c)
-    now["date"] = now["date"] or saved.get("date")
-    differing = [k for k in now if k not in MAY_CHANGE and now[k] != saved.get(k)]
-    if differing:
-        told = ", ".join(f"--{k.replace('_', '-')} was {saved.get(k)}" for k in differing)
-        raise InputError(f"--resume with other flags than {out} was started with: {told}")
-    for name in ("steps", "epochs"):
-        if saved.get(name) != now[name]:
-            ranks.warn(f"--{name} was {saved.get(name)} and is {now[name]}: the schedule bends")
-    return saved
 
 
 def inputs(
@@ -1350,35 +1269,35 @@ def inputs(
 ) -> dict[str, str]:
     """Digests of what a run reads, by its name: a resumed one must read the same."""
 
-    def of(pairs: Iterable[Pair]) -> str:
+    def of(parts: Iterable[bytes]) -> str:
         seen = hashlib.blake2b(digest_size=16)
-        for pair in pairs:
-            for side in pair[:3]:
-                seen.update(array("q", [len(side), *side]))
+        for part in parts:
+            seen.update(part)
         return seen.hexdigest()
 
-    found = {"tokenizer or chat template": tokenizer.digest(), "--eval-data": of(eval_rows)}
+    def tokens(pairs: Iterable[Pair]) -> str:
+        sides = (side for pair in pairs for side in pair[:3])
+        return of(array("q", [len(side), *side]).tobytes() for side in sides)
+
+    found = {"tokenizer or chat template": tokenizer.digest(), "--eval-data": tokens(eval_rows)}
     if c.method == "sgpo":
-        found |= {"--data": of(row for _, row in asks), "prompts": of(row for _, row in rows)}
+        found |= {"--data": tokens(row for _, row in asks), "prompts": tokens(r for _, r in rows)}
     else:
-        found["--data"] = of(rows)
-    if c.model:
-        seen = hashlib.blake2b((Path(c.model) / "config.json").read_bytes(), digest_size=16)
-        for file in sorted(Path(c.model).glob("*.safetensors")):
-            with file.open("rb") as opened:  # headers: every tensor's name, type, shape and place
-                size = int.from_bytes(opened.read(8), "little")
-                seen.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(size))
-        found["weights in --model"] = seen.hexdigest()
+        found["--data"] = tokens(rows)
+    if c.model:  # a file's beginning says of each tensor the name, type, shape and place
+        files = sorted(Path(c.model).glob("*.safetensors"))
+        sizes = [f"{file.name} {file.stat().st_size}".encode() for file in files]
+        heads = [file.open("rb").read(2**20) for file in files]
+        config = (Path(c.model) / "config.json").read_bytes()
+        found["weights in --model"] = of([config, *sizes, *heads])
     if has_file(c):
-        text = Path(c.target_source or "").read_bytes()
-        found["--target-source"] = hashlib.blake2b(text, digest_size=16).hexdigest()
+        found["--target-source"] = of([Path(c.target_source or "").read_bytes()])
     return found
 
 
-def claim(
-    c: Config, out: Path, ranks: Ranks, saved: Mapping[str, Any], found: Mapping[str, str]
-) -> None:
-    """Takes --out for this run, or on resume checks that the run in it read the same."""
+def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], found: Mapping[str, str]) -> None:
+    """Takes --out for this run, or on resume checks that the run in it was started alike."""
+    out, now = Path(c.out), dataclasses.asdict(c)
     made = "start control metrics.jsonl final checkpoints improver improver_targets.jsonl"
     for path in out.iterdir() if out.is_dir() else ():
         if path.is_symlink():
@@ -1388,21 +1307,25 @@ def claim(
         raise InputError(f"--out {out} holds {taken[0]} of another run: --resume or another folder")
     if taken and not saved:
         raise InputError(f"--resume: {out} has no args.json to tell which run it is; take another")
+    other = [k for k in now if saved and k not in MAY_CHANGE and now[k] != saved.get(k)]
+    if other:
+        told = ", ".join(f"--{k.replace('_', '-')} was {saved.get(k)}" for k in other)
+        raise InputError(f"--resume with other flags than {out} was started with: {told}")
     before = saved.get("inputs", found)
-    for name in found:
-        if before.get(name) != found[name]:
-            raise InputError(f"--resume with another {name} than {out} was started with")
+    for name in [name for name in found if before.get(name) != found[name]]:
+        raise InputError(f"--resume with another {name} than {out} was started with")
+    for name in [name for name in ("steps", "epochs") if saved and saved[name] != now[name]]:
+        ranks.warn(f"--{name} was {saved[name]} and is {now[name]}: the schedule bends")
 
     def write() -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(c) | {"inputs": found}, indent=2)
-        write_text(out / "args.json", text + "\n")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / "args.json", json.dumps(now | {"inputs": found}, indent=2) + "\n")
+        except OSError as error:
+            problem = error.strerror or "not writable"
+            raise InputError(f"--out {out} cannot be written: {problem}") from None
 
-    try:
-        ranks.only_first(write)
-    except OSError as error:
-        problem = error.strerror or "not writable"
-        raise InputError(f"--out {out} cannot be written: {problem}") from None
+    ranks.only_first(write)
 
 
 # ------------------------------------------------------------------- runs beside the method's own
@@ -1454,8 +1377,11 @@ def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) ->
     count = START["steps"] * START["batch_size"]
     examples = data.task_examples("pretrain", count, c.seed, REWRITE_SHARE)
     _, rows, _ = data.encode_examples(examples, tokenizer, alone.max_length, alone.max_length)
-    files = Files(ranks, tokenizer, metrics, start, phase="sft")
-    sft(Learner(alone, blank, tokenizer, ranks), rows, files)
+    sft(
+        Learner(alone, blank, tokenizer, ranks),
+        rows,
+        Files(ranks, tokenizer, metrics, start, "sft"),
+    )
     if ranks.first:
         shutil.rmtree(blank)
 
@@ -1465,12 +1391,14 @@ def control(c: Config, start: Path, files: Files, steps: int) -> None:
     rate = [c.improver_lr] if c.method == "sgpo" else c.lr
     alone = sft_config(c, resume=False, save_every=0, steps=steps, lr=rate)
     metrics, final = files.metrics.with_name("control.jsonl"), files.final.with_name("control")
-    beside = Files(files.ranks, files.tokenizer, metrics, final, phase="sft", test=files.test)
+    beside = Files(files.ranks, files.tokenizer, metrics, final, "sft", test=files.test)
     beside.eval_rows = files.eval_rows
     if files.ranks.first:
         metrics.unlink(missing_ok=True)
     limits = (c.max_length, c.max_prompt_length or 0)
-    _, rows, _ = data.encode_examples(task_rows(c, 128), files.tokenizer, *limits)
+    _, rows, _ = data.encode_examples(
+        data.task_examples("clean", 128, c.seed), files.tokenizer, *limits
+    )
     sft(Learner(alone, start, files.tokenizer, files.ranks), rows, beside)
 
 
@@ -1483,7 +1411,8 @@ def train_improver(
     if folder.exists():
         return int(lm.read_json(note)["steps"])
     alone = sft_config(c, lr=[c.improver_lr], epochs=c.improver_epochs, steps=None)
-    learner = Learner(alone, start, files.tokenizer, files.ranks, journal=journal)
+    learner = Learner(alone, start, files.tokenizer, files.ranks)
+    learner.journal = journal
     targets = obtain_targets(c, asks, learner, files.final.with_name("improver_targets.jsonl"))
     rows, report = sgpo.improver_rows(targets, asks, learner)
     steps = sapo.steps_for(len(rows), alone)
@@ -1509,37 +1438,32 @@ def obtain_targets(
     if has_file(c):
         return data.load_targets(c.target_source or "")
     drafts = [ask for ask in asks for _ in range(c.responses_per_prompt)]
+    asked = [sgpo.as_prompt(example.messages) for example, _ in drafts]
     known: dict[int, dict[str, Any]] = {}
     for number, (_, row) in enumerate(json_lines(path), 1):
-        i, texts = row.get("index"), (row.get("response"), row.get("improved", ""))
-        if (
-            type(i) is not int
-            or not isinstance(texts[0], str)
-            or not isinstance(texts[1] or "", str)
-        ):
+        i, texts = row.get("index"), [row.get("response"), row.get("improved", 0) or ""]
+        if type(i) is not int or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: row {number} is no target of a run; remove it")
-        if 0 <= i < len(drafts) and row.get("prompt") == sgpo.as_prompt(drafts[i][0].messages):
+        if 0 <= i < len(drafts) and row.get("prompt") == asked[i]:
             known[i] = row
     missing = [i for i in range(len(drafts)) if i not in known]
-    prompts = [drafts[i][1].prompt for i in missing]
-    seeds = [hash_seed(c.seed, "draft", i) for i in missing]
-    most = sapo.budgets(prompts, c)
-    new, _ = learner.generate(learner.policy, prompts, most, seeds, keep=True)
-    answers = dict(zip(missing, map(learner.tokenizer.response_text, new), strict=True))
+    keys = [hash_seed(c.seed, "draft", i) for i in missing]
+    wanted = [sapo.request(drafts[i][1].prompt, c, k) for i, k in zip(missing, keys, strict=True)]
+    new = learner.generate(learner.policy, wanted, keep=True)
+    texts = [learner.tokenizer.response_text(tokens) for tokens, _ in new]
+    answers = dict(zip(missing, texts, strict=True))
 
     def write() -> None:
-        rows = (json.dumps(row, ensure_ascii=False) for _, row in sorted(known.items()))
-        write_text(path, "".join(row + "\n" for row in rows))
+        rows = (json.dumps(known[i], ensure_ascii=False) + "\n" for i in sorted(known))
+        write_text(path, "".join(rows))
 
     def gather() -> None:
         write()
         began = told = time.perf_counter()
         server = target_server(c) if is_url(c) else None
-        for done, (i, improved, why) in enumerate(sgpo.improvements(c, drafts, answers, server), 1):
-            known[i] = {
-                "index": i, "prompt": sgpo.as_prompt(drafts[i][0].messages),
-                "response": answers[i], "improved": improved,
-            } | ({"dropped": why} if why else {})  # fmt: skip
+        for done, (i, better, why) in enumerate(sgpo.improvements(c, drafts, answers, server), 1):
+            known[i] = {"index": i, "prompt": asked[i], "response": answers[i], "improved": better}
+            known[i] |= {"dropped": why} if why else {}
             append(path, [known[i]])
             if learner.ranks.asked_to_stop:
                 raise Stopped("stopped while targets were asked for; --resume goes on")

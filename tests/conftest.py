@@ -8,6 +8,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is compared to the bit is a CPU's
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers beside each other: threads would fight
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -117,8 +117,8 @@ def _train(folder: Path, split: Any, nfc: bool, added: list[AddedToken], **bpe: 
     write_json(folder / "tokenizer_config.json", config)
 
 
-def _special(text: str, **flags: bool) -> AddedToken:
-    return AddedToken(text, special=True, normalized=False, **flags)
+def _special(text: str) -> AddedToken:
+    return AddedToken(text, special=True, normalized=False)
 
 
 CHATML_TOKENS = [_special(text) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
@@ -126,18 +126,15 @@ CHATML_TOKENS = [_special(text) for text in ("<|endoftext|>", "<|im_start|>", "<
 
 @cache
 def qwen_dir() -> Path:
-    """In Qwen2.5's shape: its regular expression, NFC; and added tokens with every flag."""
+    """In Qwen2.5's shape: its regular expression, NFC; and added tokens, special or not."""
     added = [
         *CHATML_TOKENS,
         AddedToken("<tool_call>", special=False, normalized=False),
-        AddedToken("caf\u00e9bar", special=False, normalized=True),
-        AddedToken("solo", special=False, normalized=False, single_word=True),
-        _special("<left>", lstrip=True),
-        _special("<right>", rstrip=True),
+        AddedToken("caf\u00e9bar", special=False, normalized=False),
     ]
     level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre.Sequence([pre.Split(Regex(QWEN), "isolated"), level])
-    return _kept("tokenizer-qwen-3", lambda folder: _train(folder, split, True, added))
+    return _kept("tokenizer-qwen-4", lambda folder: _train(folder, split, True, added))
 
 
 @cache

@@ -2,10 +2,12 @@
 
 import json
 import random
+import re
 import shutil
 import time
 import unicodedata
 from collections.abc import Callable
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,14 +36,12 @@ TEXTS = [
     "  \t \n  \r\n\n \x0b\x0c\x85 a  b   c    \n    d \n ",
     "!!!???...,,,   ---___===  ~~~``` <<>> |||",
     "<|im_start|>user\nhi<|im_end|>\n<|endoftext|> <|eot_id|><|begin_of_text|>x",
-    "a<left> b <left>c  <right>  d<right>\ne solo soloist solo. _solo cafe\u0301bar <tool_call>",
+    "cafe\u0301bar <tool_call>caf\u00e9bar<tool_call",
     "<s>Hi</s> [INST] <unk> <0x0A> <pad> </s>\n",
     "\x00\x01\x7f\x80\u0378\U000e0001\U0010fffd",
 ]
-USER, ASSISTANT = (
-    {"role": "user", "content": "Hi there\n"},
-    {"role": "assistant", "content": "Yes"},
-)
+USER = {"role": "user", "content": "Hi there\n"}
+ASSISTANT = {"role": "assistant", "content": "Yes"}
 CHATS: list[list[dict[str, str]]] = [
     [USER],
     [{"role": "system", "content": "Be brief."}, USER],
@@ -69,7 +69,7 @@ MISTRAL = (
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages if message.content is defined %}\n"
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | "
-    "trim }}{% generation %}{{ '<|eot_id|>' }}{% endgeneration %}\n{% endfor %}\n"
+    "trim }}{{ '<|eot_id|>' }}\n{% endfor %}\n"
     "{%- if add_generation_prompt and strftime_now('%Y') > '2000' %}{{ "
     "'<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
@@ -90,24 +90,15 @@ def fuzz(n: int, extra: list[str], seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     odd = list(" \n\t\r\u00a0\u3000\x0b\x0c\x85\u2028\u200b\x1f\x1cab1.'!")
     # NFC changes with Unicode's version, so marks are drawn from what is old: below U+07C0.
-    every = [
-        c for c in map(chr, range(0x20000)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")
-    ]
+    kinds = ("Cn", "Cs", "Co")
+    every = [c for c in map(chr, range(0x20000)) if unicodedata.category(c) not in kinds]
     every = [c for c in every if ord(c) < 0x7C0 or not unicodedata.combining(c)]
     ascii_ = [chr(i) for i in range(32, 127)]
     pools = [every, ascii_, odd, extra, list("abcdefghijklmnopqrstuvwxyz '")]
     return ["".join(rng.choices(rng.choice(pools), k=rng.randint(1, 60))) for _ in range(n)]
 
 
-PIECES = [
-    "<|im_start|>",
-    "<|endoftext|>",
-    "<left>",
-    "<right>",
-    "solo",
-    "caf\u00e9bar",
-    "cafe\u0301bar",
-]
+PIECES = ["<|im_start|>", "<|endoftext|>", "caf\u00e9bar", "cafe\u0301bar"]
 PIECES += [" ", "  ", "\n", "a", "é", "1", "_", "<|eot_id|>", "<tool_call>"]
 
 
@@ -189,15 +180,8 @@ def test_sentencepiece_equals_the_makers_library_and_transformers(legacy: bool) 
 def test_a_sentencepiece_model_without_a_prefix_space() -> None:
     folder = made.mistral_dir(False, prefix=False)
     mine, other = ours(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    for text in (
-        "Hello you",
-        " Hello",
-        "\n",
-        "<s>a</s> b<unk>",
-        "é🙂",
-        made.CORPUS[0],
-        made.CORPUS[3],
-    ):
+    texts = ["Hello you", " Hello", "\n", "<s>a</s> b<unk>", "é🙂", made.CORPUS[0], made.CORPUS[3]]
+    for text in texts:
         ids = other.encode(text, add_special_tokens=False)
         assert mine.encode(text) == ids, text
         assert mine.decode(ids) == other.decode(ids)
@@ -221,18 +205,6 @@ def test_sentencepiece_added_tokens(tmp_path: Path) -> None:
     assert mine.encode("<|im_start|>\n") == [32001, 13]
     assert mine.eos_ids == (2, 32000)
     assert mine.vocab_size == 32002
-
-
-def test_tokens_that_only_unlisted_merges_make_are_never_made(tmp_path: Path) -> None:
-    # The merges make "ab" + "c" first, so "a" + "bc", which is listed, never meets; tiktoken alone
-    # would join "ab" + "c" to the token "abc".
-    vocab = dict(data.ALPHABET) | {"ab": 256, "bc": 257, "abc": 258, "abcd": 259}
-    merges = [["a", "b"], ["b", "c"], ["a", "bc"], ["abc", "d"]]
-    write_bpe(tmp_path, vocab, merges)
-    mine = data.load_tokenizer(tmp_path)
-    for text in ("abc", "abcd", "xabcx", "bcabc", "aabc"):
-        assert mine.encode(text) == theirs_of(tmp_path).encode(text, add_special_tokens=False)
-    assert mine.encode("abcd") == [256, 99, 100]
 
 
 def test_random_merge_lists_equal_transformers(tmp_path: Path) -> None:
@@ -268,17 +240,28 @@ def theirs_of(folder: Path) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
 
 
-def test_lone_surrogates_become_replacement_characters() -> None:
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_added_tokens_with_flags_that_change_ids_are_refused_by_name(
+    flag: str, tmp_path: Path
+) -> None:
+    """`normalized` changes none where the normalizer is None, and there real checkpoints set it."""
+    token = {"id": 256, "content": "<x>", "special": True, flag: True}
+    for normalizer in (None, {"type": "NFC"}):
+        write_bpe(tmp_path, dict(data.ALPHABET), [], added_tokens=[token], normalizer=normalizer)
+        if flag == "normalized" and normalizer is None:
+            assert data.load_tokenizer(tmp_path).encode("a<x> ") == [97, 256, 32]
+        else:
+            with pytest.raises(InputError, match=f"token '<x>' has {flag}, "):
+                data.load_tokenizer(tmp_path)
+
+
+def test_odd_text_and_ids_without_a_token() -> None:
     for folder in (made.qwen_dir(), made.mistral_dir(False)):
         tokenizer = ours(folder)
         assert tokenizer.decode(tokenizer.encode("a\ud83dz \udc00")) == "a\ufffdz \ufffd"
-
-
-def test_ids_without_a_token() -> None:
-    tokenizer = ours(made.qwen_dir())
-    assert tokenizer.decode([10**6, *tokenizer.encode("a")]) == "a"
-    with pytest.raises(InputError, match="negative"):
-        tokenizer.decode([-1])
+        assert tokenizer.decode([10**6, *tokenizer.encode("a")]) == "a"
+        with pytest.raises(InputError, match="negative"):
+            tokenizer.decode([-1])
 
 
 # ------------------------------------------------------------------------------------- templates
@@ -305,10 +288,7 @@ def with_template(
     ("source", "template"),
     [
         (made.qwen_dir, QWEN),
-        (
-            made.qwen_dir,
-            [{"name": "other", "template": "x"}, {"name": "default", "template": QWEN}],
-        ),
+        (made.qwen_dir, [{"name": "a", "template": "x"}, {"name": "default", "template": QWEN}]),
         (made.llama3_markers_dir, LLAMA3),
         (made.llama3_markers_dir, data.FALLBACKS["llama3"]),
         (lambda: made.mistral_dir(False), MISTRAL),
@@ -326,9 +306,8 @@ def test_templates_render_as_in_transformers(
     for chat in CHATS:
         for flag in (False, True):
             options = {"add_generation_prompt": flag}
-            assert mine.render(chat, flag) == other.apply_chat_template(
-                chat, tokenize=False, **options
-            )
+            text = other.apply_chat_template(chat, tokenize=False, **options)
+            assert mine.render(chat, flag) == text
             ids = other.apply_chat_template(chat, return_dict=False, **options)
             assert mine.apply_chat_template(chat, flag) == ids
 
@@ -377,6 +356,32 @@ def test_saving_copies_the_files_and_follows_links(tmp_path: Path) -> None:
     assert set(saved) == {"tokenizer.json", "tokenizer_config.json"}
     assert not any(file.is_symlink() for file in saved.values())
     assert all(file.read_bytes() == (source / name).read_bytes() for name, file in saved.items())
+
+
+def test_the_date_that_a_template_prints_is_the_given_one_or_todays(tmp_path: Path) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}<|im_end|>"
+    folder, date = with_template(made.qwen_dir(), tmp_path, template), datetime(2024, 7, 26)
+    assert data.load_tokenizer(folder, date=date).render([USER]).startswith("26 Jul 2024: Hi")
+    today = {f"{datetime.now():%d %b %Y}"}
+    shown = data.load_tokenizer(folder).render([USER]).partition(": ")[0]
+    assert shown in today | {f"{datetime.now():%d %b %Y}"}  # midnight may have passed
+
+
+def test_the_digest_tells_apart_what_decides_the_ids(tmp_path: Path) -> None:
+    def digest(template: str, fallback: str | None = None, **model: Any) -> str:
+        folder = with_template(made.qwen_dir(), tmp_path, template)
+        made.write_json(folder / "config.json", model)
+        (folder / "weights.bin").write_text(repr(model))  # not the tokenizer's
+        return data.load_tokenizer(folder, fallback).digest()
+
+    first = digest(QWEN)
+    assert first == digest(QWEN, hidden_size=8) and re.fullmatch("[0-9a-f]{32,}", first)
+    end = ours(made.qwen_dir()).encode("<|im_start|>")[0]
+    others = [digest(CHATML), digest(QWEN, "chatml"), digest(QWEN, eos_token_id=end)]
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(file.read_bytes().replace(b"<tool_call>", b"<tool_cell>"))
+    others.append(data.load_tokenizer(tmp_path).digest())
+    assert len({first, *others}) == 5
 
 
 def test_eos_ids_come_from_all_files_and_from_the_template_in_order(tmp_path: Path) -> None:
@@ -451,17 +456,17 @@ def test_eos_is_added_where_the_template_has_none(tmp_path: Path) -> None:
 def test_rows_are_dropped_by_prompt_and_cut_by_length(tmp_path: Path) -> None:
     tokenizer = data.load_tokenizer(with_template(made.qwen_dir(), tmp_path, CHATML))
     turns = [{"role": "user", "content": "a " * n} for n in (1, 50, 3)]
-    rows = [
-        example("b " * n, turn, rejected="c") for n, turn in zip((1, 1, 99), turns, strict=True)
-    ]
+    sizes = zip((1, 1, 99), turns, strict=True)
+    rows = [example("b " * n, turn, rejected="c") for n, turn in sizes]
     prompts = [len(tokenizer.apply_chat_template([turn], True)) for turn in turns]
     limit = prompts[2] + 1
-    pairs, counts = data.encode_examples(rows, tokenizer, 40, limit)
+    kept, pairs, counts = data.encode_examples(rows, tokenizer, 40, limit)
+    assert kept == [rows[0], rows[2]]
     assert counts == {"rows": 3, "dropped_prompt": 1, "cut_response": 1, "cut_rejected": 0}
     assert [len(pair.prompt) for pair in pairs] == [prompts[0], prompts[2]]
     assert len(pairs[1].prompt) + len(pairs[1].chosen) == 40
     assert all(pair.rejected[-1] in tokenizer.eos_ids for pair in pairs)
-    pairs, counts = data.encode_examples(rows, tokenizer, 40, limit - 1)
+    _, pairs, counts = data.encode_examples(rows, tokenizer, 40, limit - 1)
     assert counts["dropped_prompt"] == 2  # a prompt of exactly the limit is dropped
     with pytest.raises(InputError, match="none of the 3 rows is left"):
         data.encode_examples(rows, tokenizer, 40, prompts[0])
@@ -474,6 +479,7 @@ def test_rows_are_dropped_by_prompt_and_cut_by_length(tmp_path: Path) -> None:
     [
         (None, "pass --chat-template chatml|zephyr|llama3"),
         ("{% for m in messages %}", "no jinja template"),
+        ("{% generation %}x{% endgeneration %}", "unknown tag 'generation'"),
         ("{{ raise_exception('only tools') }}", "only tools"),
         ("{{ messages.__class__.__mro__ }}{{ messages.pop() }}", "SecurityError"),
         ("{% for i in range(999999999) %}x{% endfor %}", "OverflowError"),
@@ -524,40 +530,40 @@ def test_row_formats(
     file = tmp_path / "rows.json"
     text = json.dumps(row)
     file.write_text(f"\n [{text},\n{text}]\n" if as_list else f"{text}\r\n\n{text}")
-    places = (2, 3) if as_list else (1, 3)
+    places = (", row 1", ", row 2") if as_list else (":1", ":3")
     if rejected is not None:
-        expected = [data.Example(turns, "good", rejected, f"{file}:{n}") for n in places]
+        expected = [data.Example(turns, "good", rejected, f"{file}{at}") for at in places]
         assert data.load_examples(file, rejected=True) == expected
-    expected = [data.Example(turns, "good", None, f"{file}:{n}") for n in places]
-    assert data.load_examples([str(file)]) == expected
+    expected = [data.Example(turns, "good", None, f"{file}{at}") for at in places]
+    assert data.load_examples([str(file)]) == expected == data.load_examples(file, prompts=True)
     assert data.load_examples([file, file]) == expected * 2
-
-
-def test_unread_rejected_sides_may_be_anything(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "q", "chosen": "good", "rejected": 5}')
-    assert data.load_examples(file)[0].rejected is None
 
 
 def test_odd_but_right_files(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "q", "chosen": "good", "rejected": 5}')  # unread, so it may be
+    assert data.load_examples(file)[0].rejected is None
     row = '{"prompt": "a\u2028b", "response": "\\ud800 é"}'
     file.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\n\n")
     assert data.load_examples(file)[0].messages[0]["content"] == "a\u2028b"
     tokenizer = data.load_tokenizer(made.qwen_dir(), "chatml")
-    pairs, _ = data.encode_examples(data.load_examples(file), tokenizer, 99, 50)
+    _, pairs, _ = data.encode_examples(data.load_examples(file), tokenizer, 99, 50)
     assert tokenizer.decode(pairs[0].chosen) == "\ufffd é<|im_end|>"
 
 
-def test_prompts_to_answer(tmp_path: Path) -> None:
+def test_rows_of_prompts_may_do_without_a_response(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": "q"}, {"prompt": [S, U]}, {"messages": [U, A, U, B]}, {"messages": [U]}]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    assert data.load_prompts(file) == [[U], [S, U], [U, A, U], [U]]
+    rows = [{"prompt": "q"}, {"prompt": [S, U]}, {"messages": [U, B, U, A]}, {"messages": [U]}]
+    file.write_text("\n".join(map(json.dumps, [*rows, {"prompt": [U, A]}])))
+    found = data.load_examples(file, prompts=True)
+    assert [list(row.messages) for row in found] == [[U], [S, U], [U, B, U], [U], [U]]
+    assert [row.response for row in found] == ["", "", "good", "", ""]
+    tokenizer = data.load_tokenizer(made.qwen_dir(), "chatml")
+    assert [bool(data.encode_example(tokenizer, row).chosen) for row in found][1:3] == [False, True]
     for row in ({"response": "x"}, {"messages": [A]}, {"messages": [S]}, {"prompt": ""}, "q", 3):
         file.write_text(json.dumps(row))
         with pytest.raises(InputError, match=r"prompts\.jsonl:1: "):
-            data.load_prompts(file)
+            data.load_examples(file, prompts=True)
 
 
 GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
@@ -566,44 +572,39 @@ GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
 @pytest.mark.parametrize(
     ("content", "line", "message"),
     [
-        ("", None, "is empty"),
-        (" \n\n", None, "is empty"),
+        ("", None, "no rows"),
+        (" \n\n", None, "no rows"),
         ("[]", None, "no rows"),
-        (" [\n ]\n", None, "no rows"),
-        (b"\xff\xfe{\x00", 1, "not UTF-8"),
-        (f"{GOOD}\n".encode() + b'{"prompt": "\xe9"}', 2, "not UTF-8"),
-        (f"{GOOD}\n{{", 2, "not JSON"),
-        (f"{GOOD}\n{GOOD}{GOOD}", 2, "more than one JSON value"),
-        (f"[{GOOD}\n{GOOD}]", 1, "expected ','"),
-        (f"[{GOOD},\n]", 2, "not JSON"),
-        (f"[{GOOD}", 1, "expected ','"),
-        (f"[{GOOD}] x", 1, "expected ','"),
-        ("[" * 100_000, 1, "not JSON"),
-        ('{"a":' * 100_000, 1, "not JSON"),
-        ("prompt,chosen,rejected\nq,a,b", 1, "not JSON"),
-        (f"[{GOOD},\n\n5]", 3, "JSON object"),
+        (b"\xff\xfe{\x00", 1, "utf-8"),
+        (f"{GOOD}\n".encode() + b'{"prompt": "\xe9"}', 2, "utf-8"),
+        (f"{GOOD}\n{{", 2, "at column 2"),
+        (f"{GOOD}\n{GOOD}{GOOD}", 2, "Extra data"),
+        (f"[{GOOD}\n{GOOD}]", None, "Expecting ',' delimiter: line 2"),
+        (f"[{GOOD}", None, "Expecting ','"),
+        (f"[{GOOD}] x", None, "Extra data"),
+        ("[" * 100_000, None, "no data file"),
+        ('{"a":' * 100_000, 1, "no data file"),
+        ("prompt,chosen,rejected\nq,a,b", 1, "Expecting value"),
+        (f"[{GOOD},\n\n5]", None, ", row 2: a row should be a JSON object"),
         ("null", 1, "JSON object"),
-        ("1" * 5000, 1, "not JSON"),
+        ("1" * 5000, 1, "no data file"),
         ('{"text": "a"}', 1, "no 'chosen'"),
         ('{"prompt": "q"}', 1, "no 'chosen'"),
         ('{"chosen": "a", "rejected": "b"}', 1, "no user's turn"),
-        ('{"prompt": "", "chosen": "a", "rejected": "b"}', 1, "no user's turn"),
         ('{"prompt": 3, "chosen": "a", "rejected": "b"}', 1, "'prompt' should be text"),
         ('{"prompt": "q", "chosen": NaN, "rejected": "b"}', 1, "'chosen' should be text"),
-        ('{"prompt": "q", "chosen": null, "rejected": "b"}', 1, "'chosen' should be text"),
         ('{"prompt": "q", "chosen": "", "rejected": "b"}', 1, "empty"),
-        ('{"prompt": "q", "chosen": " \\n", "rejected": "b"}', 1, "empty"),
         ('{"prompt": "q", "chosen": "a", "rejected": ""}', 1, "empty"),
         ('{"prompt": "q", "chosen": "a"}', 1, "no 'rejected'"),
         ('{"prompt": "q", "chosen": [], "rejected": "b"}', 1, "should be text or a list"),
-        ('{"prompt": "q", "chosen": ["a"], "rejected": "b"}', 1, "'role' and 'content'"),
+        ('{"prompt": "q", "chosen": ["a"], "rejected": "b"}', 1, "'role' ("),
         (json.dumps({"messages": [U]}), 1, "end with an assistant's turn"),
         (json.dumps({"messages": [A]}), 1, "no user's turn"),
         (json.dumps({"messages": {"role": "user"}}), 1, "list of turns"),
-        (json.dumps({"messages": [U, {"role": "assistant"}]}), 1, "'role' and 'content'"),
-        (json.dumps({"messages": [U, {"role": "tool", "content": "x"}, A]}), 1, "role 'tool'"),
-        (json.dumps({"messages": [U, {"role": [], "content": "x"}, A]}), 1, "role []"),
-        (json.dumps({"messages": [U | {"content": [{"type": "text"}]}, A]}), 1, "should be text"),
+        (json.dumps({"messages": [U, {"role": "assistant"}]}), 1, "'role' ("),
+        (json.dumps({"messages": [U, {"role": "tool", "content": "x"}, A]}), 1, "'role' (system,"),
+        (json.dumps({"messages": [U, {"role": [], "content": "x"}, A]}), 1, "'role' ("),
+        (json.dumps({"messages": [U | {"content": [{"type": "text"}]}, A]}), 1, "'content' (text)"),
         (json.dumps({"messages": [U | {"content": " "}, A]}), 1, "the user's text is empty"),
         (json.dumps({"prompt": "z", "chosen": [U, A], "rejected": [U, B]}), 1, "row's prompt"),
         (json.dumps({"chosen": [U, A], "rejected": [U, A, U, B]}), 1, "different prompts"),
@@ -624,11 +625,9 @@ def test_bad_rows_are_one_line_errors_with_their_place(
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jsonl", tmp_path, Path("n" * 300)):
-        with pytest.raises(InputError, match="no readable data file") as caught:
+        with pytest.raises(InputError, match="no data file") as caught:
             data.load_examples(path)
         assert str(path) in str(caught.value)
-    with pytest.raises(InputError, match="no rows in no file"):
-        data.load_examples([])
 
 
 # ------------------------------------------------------------------------------ broken tokenizers
@@ -695,9 +694,9 @@ def test_text_that_the_regular_expression_does_not_match_is_kept(tmp_path: Path)
         ({"tokenizer.model": b"version https://git-lfs.github.com/spec/v1\n"}, "malformed"),
         ({"tokenizer.model": b"IQ== 0\nIg== x\n"}, "tokenizer.model is malformed"),
         ({"tokenizer.model": b"IQ== 0\n\xff\n"}, "tokenizer.model is malformed"),
-        ({"tokenizer.json": b"{"}, "cannot be read as JSON"),
+        ({"tokenizer.json": b"{"}, "Expecting property name"),
         ({"tokenizer.json": b"[]"}, "not a JSON object"),
-        ({"tokenizer_config.json": b"{'a'}"}, "cannot be read as JSON"),
+        ({"tokenizer_config.json": b"{'a'}"}, "Expecting property name"),
         ({"tokenizer_config.json": b'{"eos_token": "<nope>"}'}, "eos_token '<nope>' is not in"),
         ({"tokenizer_config.json": b'{"eos_token": {}}'}, "malformed"),
         ({"tokenizer_config.json": b'{"add_prefix_space": true}'}, "add_prefix_space"),
@@ -735,9 +734,8 @@ def test_fallbacks_that_a_vocabulary_cannot_spell_are_refused(tmp_path: Path) ->
 
 def test_a_tokenizer_without_eos_encodes_but_ends_no_turn(tmp_path: Path) -> None:
     write_bpe(tmp_path, dict(data.ALPHABET), [])
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
     tokenizer = data.load_tokenizer(tmp_path)
     assert tokenizer.encode("ab") == [97, 98] and tokenizer.eos_ids == ()
     with pytest.raises(InputError, match="has no EOS"):

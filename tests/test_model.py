@@ -2,18 +2,20 @@
 
 import json
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tape
 import torch
 import torch.nn.functional as F
 import transformers
+import varlen_cpu
 from conftest import TINY, VARIANTS, tiny
 from safetensors.torch import load_file, save_file
 
@@ -263,28 +265,22 @@ def test_a_row_that_has_stopped_costs_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert rows[1:] == [sum(budget > step for budget in budgets) for step in range(1, 12)]
 
 
-def run_again(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    """Does on a CPU what a CUDA graph does: the same step on the same tensors, whose shapes and
-    places in memory are those of the recording."""
-    result = step()
-    return lambda: result.copy_(step()), result
-
-
-@pytest.mark.parametrize("kind", ["llama-gqa-tied", "mistral-window"])
+@pytest.mark.parametrize("kind", ["llama-gqa-tied", "mistral-window", "qwen2-window"])
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_replayed_steps_give_the_tokens_of_plain_ones(kind: str, temperature: float) -> None:
+    """As a CUDA graph replays them: without Python, and whatever has died is garbage."""
     ours, recorded = ours_from(tiny(kind)), []
 
     def record(step: Callable[[], torch.Tensor]) -> Any:
         recorded.append(step)
-        return run_again(step)
+        return tape.record(step)
 
     budgets = [20, 1, 130, 12, 140, 2, 60, 150]
     prompts = random_prompts([3, 14, 8, 8, 2, 5, 100, 90])
     asked = list(zip(prompts, budgets, range(8), strict=True))
     pick = partial(sample_tokens, temperature=temperature, top_k=0, top_p=0.95)
-    eos_ids = frozenset(range(40, 44)) if temperature else frozenset()
-    plain = lm._decode(ours, asked, pick, eos_ids, True)
+    eos_ids = set(range(40, 44)) if temperature else set()
+    plain = lm._decode(ours, asked, pick, eos_ids, True, None)
     replayed = lm._decode(ours, asked, pick, eos_ids, True, record)
     assert [row[0] for row in replayed] == [row[0] for row in plain]
     for (_, got), (_, want) in zip(replayed, plain, strict=True):
@@ -385,12 +381,20 @@ def test_swapping_a_pairs_sides_swaps_its_results() -> None:
 def test_a_shared_prefix_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     widths = []
     monkeypatch.setattr(
-        lm.Branches, "read", lambda self, x, head: widths.append(x.shape[1]) or x.sum((1, 2))
+        lm.Branches, "read", lambda self, x, head: widths.append(x.shape[0]) or x.sum(1)
     )
     ours = ours_from(tiny("llama"))
     layout = lm.Branches([([1] * 10, [2] * 5 + [3], [2] * 5 + [4, 5])], ours.device)
     ours(layout.tokens, layout)
     assert widths == [10 + 5 + 1 + 2]
+
+
+def test_what_a_pair_holds_beside_its_sides_is_not_read() -> None:
+    ours, more = ours_from(tiny("llama")), [(*pair, object()) for pair in PAIRS]
+    with torch.no_grad():
+        for got, want in zip(pair_logprobs(ours, more), pair_logprobs(ours, PAIRS), strict=True):
+            assert torch.equal(got, want)
+    assert [*map(lm.tree_size, more)] == [*map(lm.tree_size, PAIRS)]
 
 
 def test_pairs_without_a_prompt_are_refused() -> None:
@@ -425,54 +429,133 @@ def test_checkpointing_changes_no_gradient(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def varlen_by_hand(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_ends: Any, k_ends: Any, *most: int,
-    window_size: tuple[int, int],
-) -> torch.Tensor:  # fmt: skip
-    """What torch documents of `varlen_attn`, which has no CPU kernel: sequences of (T, H, E), each
-    query seeing as many keys to the left and right of its own place, counted from the end."""
-    q_ends, k_ends = q_ends.tolist(), k_ends.tolist()
-    assert most == tuple(max(b - a for a, b in pairwise(ends)) for ends in (q_ends, k_ends))
-    parts = []
-    for (a, b), (c, d) in zip(pairwise(q_ends), pairwise(k_ends), strict=True):
-        shift = torch.arange(d - c) - (torch.arange(b - a)[:, None] + (d - c) - (b - a))
-        seen = (shift <= window_size[1]) & ((shift >= -window_size[0]) | (window_size[0] < 0))
-        scores = torch.einsum("qhe,khe->hqk", q[a:b], k[c:d]) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-        parts.append(torch.einsum("hqk,khe->qhe", weights, v[c:d]))
-    return torch.cat(parts)
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Switches torch's one kernel for all sequences on, which is on the CPU here."""
+
+    def switch(on: bool) -> None:
+        monkeypatch.setattr(lm, "has_kernel", varlen_cpu.has_kernel if on else lambda *_: False)
+
+    return switch
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa-untied", "mistral-window", "qwen2-window"])
+KERNEL_KINDS = ["llama-gqa-untied", "llama-head-dim", "mistral-window", "qwen2-window"]
+
+
+@pytest.mark.parametrize("kind", KERNEL_KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_kernel_for_all_sequences_computes_the_same(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, checkpointing: bool, kernel: Callable[[bool], None]
 ) -> None:
-    """The calls that CUDA gets, made to a stand-in by hand."""
-    ours = ours_from(tiny(kind))
-    chosen, rejected, *_ = pair_logprobs(ours, PAIRS)
-    (chosen - rejected).square().sum().backward()
-    want = [parameter.grad.clone() for parameter in ours.parameters()]
-    monkeypatch.setattr(lm, "has_kernel", lambda device, dtype: True)
-    monkeypatch.setattr(lm, "varlen_attn", varlen_by_hand)
-    ours.zero_grad()
-    got = pair_logprobs(ours, PAIRS)
-    (got[0] - got[1]).square().sum().backward()
-    torch.testing.assert_close(got[0], chosen, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(got[1], rejected, atol=1e-4, rtol=1e-5)
-    for parameter, gradient in zip(ours.parameters(), want, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, atol=1e-3, rtol=1e-3)
+    """Prefixes, windows, grouped heads; the values, and their gradients."""
+    ours, found = ours_from(tiny(kind)), []
+    ours.checkpointing = checkpointing
+    for on in (False, True):
+        kernel(on)
+        ours.zero_grad()
+        chosen, rejected, *_ = pair_logprobs(ours, PAIRS)
+        (chosen - rejected).square().sum().backward()
+        gradients = [parameter.grad.clone() for parameter in ours.parameters()]
+        found.append([chosen.detach(), rejected.detach(), *gradients])
+    for got, want in zip(found[1], found[0], strict=True):
+        scale = want.abs().max().item()
+        torch.testing.assert_close(got, want, atol=1e-5 * scale, rtol=1e-4)
 
 
-def test_the_call_to_the_kernel_is_one_that_torch_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes, types and keywords, against the operator's own description, without a GPU."""
-    monkeypatch.setattr(lm, "has_kernel", lambda device, dtype: True)
-    layout = lm.Packed([5, 3, 7], [0, 2, 0], torch.device("meta"))
-    layout.prepare([4], torch.bfloat16)
-    made = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
-    q, k = (torch.empty(1, 15, heads, 8, **made).transpose(1, 2) for heads in (4, 2))
-    assert layout.most == (7, 7)
-    out = layout.attend(q, k, k, 0, 4)
-    assert out.shape == q.shape and out.requires_grad
+@pytest.mark.parametrize("kind", KERNEL_KINDS)
+def test_one_kernel_in_bf16_is_as_near_to_fp32_as_the_slow_path(
+    kind: str, kernel: Callable[[bool], None]
+) -> None:
+    ours, found = ours_from(tiny(kind)), []
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.mul_(0.3)
+    for on, ours.compute_dtype in ((False, None), (False, torch.bfloat16), (True, torch.bfloat16)):
+        kernel(on)
+        ours.zero_grad()
+        chosen, rejected, *_ = pair_logprobs(ours, PAIRS)
+        (chosen - rejected).sum().backward()
+        found.append((chosen.detach(), torch.cat([p.grad.flatten() for p in ours.parameters()])))
+    for exact, slow, fast in zip(*found, strict=True):
+        assert 0 < (fast - exact).norm() < 1.5 * (slow - exact).norm()
+
+
+@pytest.mark.parametrize("kind", KERNEL_KINDS)
+def test_one_kernel_takes_prompts_and_plain_rows_in(
+    kind: str, kernel: Callable[[bool], None]
+) -> None:
+    ours, found = ours_from(tiny(kind)).requires_grad_(False), []
+    prompts, tokens = random_prompts([3, 14, 8, 1, 20]), random_tokens(2, 30)
+    for on in (False, True):
+        kernel(on)
+        cache = lm.Cache(ours, prompts, 30, None)
+        logits = [cache.logits_BV]
+        for i in range(3):
+            cache.step(torch.arange(5) + i)
+            logits.append(cache.logits_BV)
+        found.append([*logits, cache.keys, cache.values, ours(tokens)])
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+
+
+def test_a_block_compiles_whole_and_once_for_all_layers_and_batches(
+    kernel: Callable[[bool], None],
+) -> None:
+    """Two windows, with gradients and without: four graphs for twelve layers, and no break."""
+    layers = {"num_hidden_layers": 12, "max_window_layers": 6}
+    ours = ours_from(tiny("qwen2-window", **layers))
+    kernel(True)
+    want = pair_logprobs(ours, PAIRS)[0]
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for block in ours.model["layers"]:
+        block.compile(fullgraph=True, dynamic=True, backend=count)
+    for batch in (PAIRS, PAIRS[:3], PAIRS[2:], PAIRS[4:6]):
+        pair_logprobs(ours, batch)[0].sum().backward()
+        with torch.no_grad():
+            got = pair_logprobs(ours, batch)[0]
+    assert len(graphs) == 4
+    torch.testing.assert_close(got, want[4:6], atol=1e-4, rtol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_where_a_gpu_has_no_kernel_the_heads_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fused kernel for CUDA takes fp32 and grouped heads (the meta device stands in for it)."""
+    heads: list[tuple[int, int, bool]] = []
+    real = F.scaled_dot_product_attention
+
+    def spy(q: Any, k: Any, v: Any, enable_gqa: bool = False, **more: Any) -> torch.Tensor:
+        heads.append((q.shape[1], k.shape[1], enable_gqa))
+        return real(q, k, v, enable_gqa=enable_gqa, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    config = Config.from_dict({**TINY, "model_type": "llama", "num_key_value_heads": 2})
+    for device, want in (("cpu", (4, 2, True)), ("meta", (4, 4, False))):
+        with torch.device(device):
+            ours = Transformer(config)
+            ours(torch.zeros(2, 5, dtype=torch.int64))
+        assert set(heads) == {want}
+        heads.clear()
+
+
+def test_the_kernel_is_asked_for_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, cuda = torch.bfloat16, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert lm.has_kernel(cuda, half, 128) and lm.has_kernel(cuda, torch.float16, 8)
+    assert not lm.has_kernel(cuda, torch.float32, 128)
+    assert not lm.has_kernel(torch.device("cpu"), half, 128)
+    assert not lm.has_kernel(cuda, half, 12) and not lm.has_kernel(cuda, half, 264)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not lm.has_kernel(cuda, half, 128)
+
+
+def test_a_gpu_is_used_by_the_tests_only_where_it_is_asked_for() -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] or not torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("kept", [0, 97 * 200, 2**26])
@@ -481,7 +564,6 @@ def test_log_probs_in_chunks_and_their_gradients_are_those_of_the_whole(
     kept: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lm, "LOGITS", {"cpu": 97 * 128})
-    monkeypatch.setattr(lm, "KEPT", kept)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(300, 16, generator=generator).to(dtype).requires_grad_()
     head = torch.randn(97, 16, generator=generator).requires_grad_()
@@ -494,7 +576,7 @@ def test_log_probs_in_chunks_and_their_gradients_are_those_of_the_whole(
 
     want = whole()
     want_x, want_head = torch.autograd.grad((want * weights).sum(), (x, head))
-    got = lm.token_logprobs(x, head, targets)
+    got = lm.TokenLogprobs.apply(x, head, targets, kept)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     near = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.02}
     for _ in range(2):  # the second time nothing that was kept is left
@@ -503,7 +585,7 @@ def test_log_probs_in_chunks_and_their_gradients_are_those_of_the_whole(
         assert got_x.dtype == dtype and got_head.dtype == torch.float32
         torch.testing.assert_close(got_x, want_x, **near)
         torch.testing.assert_close(got_head, want_head, **near)
-    assert lm.token_logprobs(x[:0], head, targets[:0]).shape == (0,)
+    assert lm.TokenLogprobs.apply(x[:0], head, targets[:0], kept).shape == (0,)
 
 
 def test_the_head_runs_at_response_positions_alone_a_chunk_at_a_time(
@@ -558,13 +640,12 @@ def test_large_models_are_sharded(tmp_path: Path) -> None:
     ours = ours_from(tiny("llama-gqa-untied"))
     lm.write_config(tmp_path, ours.config, ours.dtype)
     weights = dict(ours.named_parameters())
-    sizes = {name: p.numel() * 4 for name, p in weights.items()}
-    lm.write_weights(tmp_path, sizes, lambda name: weights[name].detach(), shard_bytes=20_000)
+    lm.write_weights(tmp_path, weights, shard_bytes=20_000)
     files = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     for file in files:
-        held = load_file(file)
-        assert len(held) == 1 or sum(4 * t.numel() for t in held.values()) <= 20_000
+        _, *others = load_file(file).values()
+        assert sum(4 * t.numel() for t in others) <= 20_000
     again = Transformer.from_pretrained(tmp_path).state_dict()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     for name, weight in weights.items():
@@ -575,22 +656,69 @@ def test_a_folder_holds_the_last_model_saved_in_it(tmp_path: Path) -> None:
     first, second = (ours_from(tiny("llama", seed=seed)) for seed in (1, 2))
     for ours, most in ((first, 5 * 10**9), (second, 20_000), (first, 5 * 10**9)):
         weights = dict(ours.named_parameters())
-        sizes = {name: p.numel() * 4 for name, p in weights.items()}
         lm.write_config(tmp_path, ours.config, ours.dtype)
-        lm.write_weights(tmp_path, sizes, lambda n, w=weights: w[n].detach(), shard_bytes=most)
+        lm.write_weights(tmp_path, weights, shard_bytes=most)
         again = Transformer.from_pretrained(tmp_path).state_dict()
         assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("shard_bytes", [16, 10**9])
+def test_any_tensors_are_written_and_read_by_name(shard_bytes: int, tmp_path: Path) -> None:
+    tree = {
+        "a": torch.arange(6, dtype=torch.float64).view(2, 3),
+        "b.step": torch.tensor(3.0),
+        "none": torch.zeros(0, dtype=torch.int64),
+        "c": torch.tensor([2**62, -1]),
+    }
+    lm.write_weights(tmp_path, tree, shard_bytes=shard_bytes)
+    read = lm.Tensors(tmp_path)
+    assert read.keys() == tree.keys() and len(read) == 4 and "d" not in read
+    for name, value in tree.items():
+        assert torch.equal(read[name], value) and read[name].dtype == value.dtype
+    with pytest.raises(KeyError):
+        read["d"]
+
+
+def test_tensors_are_written_as_they_are_fetched_and_read_when_asked_for(tmp_path: Path) -> None:
+    held: list[str] = []
+    lm.write_weights(tmp_path, {"a": torch.ones(3), "b": torch.ones(2)}, torch.Tensor.bfloat16)
+    tensors = lm.Tensors(tmp_path)
+    assert tensors["a"].dtype == torch.bfloat16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "safe_open", lambda path, framework: held.append(path) or 1 / 0)
+        with pytest.raises(InputError):
+            tensors["b"]
+    assert held == [tmp_path / "model.safetensors"]
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(InputError, match=str(file)):
+        lm.Tensors(tmp_path)
+
+
 def test_ranks_that_do_not_write_fetch_all_the_same(tmp_path: Path) -> None:
-    fetched: list[str] = []
+    fetched: list[torch.Tensor] = []
+    tree = {"a": torch.zeros(1), "b": torch.zeros(1)}
 
-    def fetch(name: str) -> torch.Tensor:
-        fetched.append(name)
-        return torch.zeros(1)
+    def fetch(tensor: torch.Tensor) -> torch.Tensor:
+        fetched.append(tensor)
+        return tensor
 
-    lm.write_weights(tmp_path, {"a": 4, "b": 4}, fetch, write=False, shard_bytes=4)
-    assert fetched == ["a", "b"] and not [*tmp_path.iterdir()]
+    lm.write_weights(tmp_path, tree, fetch, write=False, shard_bytes=4)
+    assert [*map(id, fetched)] == [*map(id, tree.values())] and not [*tmp_path.iterdir()]
+
+
+def test_what_a_malformed_file_raises_is_one_line_that_names_it() -> None:
+    for error, words in (
+        (KeyError("vocab"), "KeyError"), (FileNotFoundError("x"), "missing"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad\nbyte"), "malformed"),
+        (RecursionError("deep"), "malformed"), (InputError("as it was"), "as it was"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words) as caught, lm.reading("dir/file"):
+            raise error
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith("as it" if words == "as it was" else "dir/file is ")
+    with pytest.raises(KeyboardInterrupt), lm.reading("dir/file"):
+        raise KeyboardInterrupt
 
 
 def test_a_tied_head_saved_twice_and_old_buffers_are_accepted(tiny_checkpoint: Any) -> None:
@@ -712,14 +840,14 @@ def test_configs_of_known_checkpoints_are_read(name: str) -> None:
     config = Config.from_dict(raw)
     head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     rope = raw.get("rope_scaling") or {}
-    assert config.num_layers == len(config.windows) == raw["num_hidden_layers"]
-    assert (config.head_dim, config.num_kv_heads) == (head_dim, raw["num_key_value_heads"])
-    assert config.norm_eps == raw["rms_norm_eps"] and config.tied == raw["tie_word_embeddings"]
-    assert config.rope.rope_theta == raw.get("rope_theta", 10000.0)
-    assert config.rope.factor == rope.get("factor", 1.0)
+    assert len(config.windows) == raw["num_hidden_layers"] and config.head_dim == head_dim
+    for key in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "vocab_size"):
+        assert getattr(config, key) == raw[key]
+    assert config.rope_theta == raw.get("rope_theta", 10000.0)
+    assert config.factor == rope.get("factor", 1.0)
     window = raw.get("sliding_window") if raw["model_type"] == "mistral" else None
     assert set(config.windows) == {window}
-    assert config.qkv_bias == (raw["model_type"] == "qwen2") and not config.o_bias
+    assert config.qkv_bias == (raw["model_type"] == "qwen2") and not config.attention_bias
     theirs = transformers.AutoConfig.for_model(**raw)
     assert theirs.head_dim == config.head_dim if hasattr(theirs, "head_dim") else True
 
@@ -772,7 +900,7 @@ REFUSED: list[tuple[str, str, Any]] = [  # (family, key, value): the error names
     ("llama", "num_key_value_heads", 8),
     ("llama", "head_dim", 7),
     ("llama", "head_dim", 2**21),
-    ("llama", "num_attention_heads", 64),
+    ("llama", "num_attention_heads:head_dim", 64),
     ("llama", "num_hidden_layers", 10**6),
     ("llama", "rope_theta", 0),
     ("llama", "rope_theta", "10000"),

@@ -1,5 +1,8 @@
-"""README.md is true: its commands parse, its links and files exist, its examples of change work."""
+"""README.md and the reports of tests/bench are true: their commands parse, their links and files
+exist, the README's examples of change work, and it can be read in an evening."""
 
+import ast
+import dataclasses
 import inspect
 import itertools
 import json
@@ -24,18 +27,25 @@ import sample
 import train
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-PROSE = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+PAGES = {
+    path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "tests/bench").glob("*.md"))
+}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = [block for text in PAGES.values() for block in FENCED.findall(text)]
+BARE = {path: FENCED.sub("", text) for path, text in PAGES.items()}
+PROSE = "\n".join(BARE.values())
+SPANS = [
+    " ".join(span.split()) for text in BARE.values() for span in re.findall(r"`([^`]+)`", text)
+]
 OURS = ("python ", "torchrun ", "tests/bench/")
 MODULES = ("train", "sample", "sapo", "sgpo", "model", "data")
 
 
 def commands() -> list[list[str]]:
-    """The words of each command in the README: in its blocks, and in lines of prose that call
-    python. "..." stands for flags left out; a capital alone is a number to be chosen."""
+    """The words of each command on these pages: in their blocks, and in prose that calls python.
+    "..." stands for flags left out; a capital alone is a number to be chosen."""
     shown = [text for language, text in BLOCKS if not language]
-    spans = re.findall(r"`([^`]+)`", PROSE)
-    shown += [" ".join(span.split()) for span in spans if span.startswith(OURS)]
+    shown += [span for span in SPANS if span.startswith(OURS)]
     lines = "\n".join(shown).replace("\\\n", " ").replace("&&", "\n").splitlines()
     found = []
     for line in lines:
@@ -59,7 +69,7 @@ def parse(program: str, flags: list[str], capsys: pytest.CaptureFixture[str]) ->
             parse_args(flags)
         return None
     parsed = parse_args(flags)
-    assert "warning" not in capsys.readouterr().out
+    assert "warning" not in "".join(capsys.readouterr())
     return parsed
 
 
@@ -90,10 +100,12 @@ def test_commands_of_scripts_name_files_and_flags_that_they_have(words: list[str
     code = (ROOT / words[1]).read_text()
     if "import clock" in code:  # what the timing scripts have in common
         code += (ROOT / "tests/bench/clock.py").read_text()
+    ours = {field.name for field in dataclasses.fields(sample.Flags)} if "sample." in code else ()
     if len(words) > 2:
         assert "ArgumentParser" in code
     for flag in (word for word in words[2:] if word.startswith("-")):
-        assert f'add_argument("{flag}"' in code or f'"{flag}": {{' in code  # as clock takes them
+        known = f'add_argument("{flag}"' in code or f'"{flag}": {{' in code  # as clock takes them
+        assert known or flag[2:].replace("-", "_") in ours
 
 
 @pytest.mark.parametrize("words", [*named("lm_eval"), *named("pip")])
@@ -107,23 +119,66 @@ def test_what_other_programs_are_given_exists(words: list[str]) -> None:
 
 
 def test_flags_in_the_prose_are_flags() -> None:
-    spans = " ".join(" ".join(re.findall(r"`([^`]+)`", PROSE)).split())
     kinds = (train.Config, sample.Flags)
-    ours = {name.replace("_", "-") for kind in kinds for name, *_ in sample.help_strings(kind)}
-    for words in sorted(SCRIPTS, key=len, reverse=True):  # the scripts' own were looked up above
-        spans = spans.replace(" ".join(words[1:]), "")
-    mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", spans))
+    fields = (field for kind in kinds for field in dataclasses.fields(kind))
+    ours = {field.name.replace("_", "-") for field in fields}
+    alone = " ".join(span for span in SPANS if not span.startswith(OURS))  # the others are parsed
+    mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", alone))
     assert len(mentioned) > 50
-    assert mentioned - ours <= {"help", "model_outputs"}  # the latter is alpaca_eval's
+    assert mentioned - ours <= {"device", "format", "model_outputs", "shutdown-timeout"}  # others'
 
 
 def test_links_lead_somewhere() -> None:
-    titles = re.findall(r"^#+ (.*)$", PROSE, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", PROSE) if "://" not in link]
-    assert len(links) > 20
-    for link in links:
-        assert link[1:] in anchors if link.startswith("#") else (ROOT / link).exists(), link
+    anchors = {}
+    for page, text in BARE.items():
+        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        anchors[page] = {
+            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles
+        }
+    links = [(page, link) for page in BARE for link in re.findall(r"\]\(([^)]+)\)", BARE[page])]
+    links = [(page, link) for page, link in links if "://" not in link]
+    assert len(links) > 50
+    for page, link in links:
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors[target], link
+
+
+def test_the_reports_are_found_from_the_readme_and_say_when_they_were_made() -> None:
+    for page in PAGES.keys() - {ROOT / "README.md"}:
+        assert f"](tests/bench/{page.name})" in README
+        assert re.search(r"^Dated 20\d\d-\d\d-\d\d, ", PAGES[page], re.MULTILINE)
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 400
+    assert max(len(line) for line in lines if not line.startswith("|")) <= 100
+    assert max(map(len, lines)) <= 210
+
+
+def span(file: str, first: str, last: str) -> int:
+    """Lines of a file, from its top or from `first`, to the end of `last`."""
+    body = ast.parse((ROOT / file).read_text()).body
+    found = {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    start = (
+        min([found[first].lineno, *(d.lineno for d in found[first].decorator_list)]) if first else 1
+    )
+    return found[last].end_lineno - start + 1
+
+
+def test_the_reading_path_has_the_lines_that_the_readme_says() -> None:
+    """Where it has not, the message is what the README ought to say."""
+    section = README.split("## Read it in an evening")[1].split("\n## ")[0]
+    row = r"^(\| \[`(\w+\.py)`\]\(\2\)(?: from `(\w+)`)? to `(\w+)` \|) (\d+) \|"
+    path = re.findall(row, section, re.MULTILINE)
+    assert {file for _, file, *_ in path} == {"sapo.py", "sgpo.py", "train.py", "model.py"}
+    counts = [span(file, first, last) for _, file, first, last, _ in path]
+    right = [f"{start} {count} |" for (start, *_), count in zip(path, counts, strict=True)]
+    right.append(f"| in all | {sum(counts)} |")
+    assert all(line in section for line in right), "\n" + "\n".join(right)
+    assert sum(counts) <= 1900
 
 
 def test_names_are_where_the_readme_links_them_to() -> None:
@@ -143,8 +198,8 @@ def test_the_lines_beside_the_equations_stand_in_the_code_that_is_linked() -> No
 
 
 def test_the_list_of_files_is_whole() -> None:
-    table = PROSE.split("## The files, in reading order")[1].split("\n## ")[0]
-    listed = set(re.findall(r"\[`([\w./]+)`\]\(", table))
+    section = README.split("## Read it in an evening")[1].split("\n## ")[0]
+    listed = set(re.findall(r"\[`([\w./]+)`\]\(", section))
     assert all((ROOT / name).exists() for name in listed)
     kinds = (".py", ".txt", ".md", "")
     there = {path.name for path in ROOT.iterdir() if path.is_file() and path.name[0] != "."}

@@ -289,7 +289,7 @@ def metered() -> Iterator[tuple[collections.Counter[str], dict[str, list[float]]
 
     def counted_write(self: train.Learner, *args: Any, **named: Any) -> Any:
         new = write(self, *args, **named)
-        tokens["generated"] += sum(map(len, new[0]))
+        tokens["generated"] += sum(len(answer) for answer, _ in new)
         return new
 
     with (
@@ -327,7 +327,7 @@ def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
     base = out / "runs" / run.base.key / "final" if run.base else start
     model = Transformer.from_pretrained(base)
     began = time.process_time()
-    files = train.Files(ranks, tokenizer, folder / "metrics.jsonl", folder / "final")
+    files = train.Files(ranks, tokenizer, folder / "metrics.jsonl", folder / "final", c.method)
     with metered() as (tokens, logged), contextlib.redirect_stdout(io.StringIO()):
         if run.arm.how == "improver":
             asks = [(e, data.encode_example(tokenizer, e)) for e in gold_rows(run)]
@@ -342,7 +342,8 @@ def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
             pairs = [data.encode_example(tokenizer, example) for example in examples]
             tokens["generated"] += greedy * sum(len(pair.chosen) for pair in pairs)
             kind = train.SOURCES[c.method][0]
-            learner = train.Learner(c, base, tokenizer, ranks, kind.roles(c))
+            roles = dict.fromkeys([*kind.roles, *["reference"] * sapo.compares(c)])
+            learner = train.Learner(c, base, tokenizer, ranks, *roles)
             rows = [*zip(examples, pairs, strict=True)] if asks else pairs
             train.fit(c, learner, kind(rows, learner), files)
     told: dict[str, Any] = {"seconds": 0.0}  # of the start itself

@@ -22,7 +22,7 @@ import data  # noqa: E402
 import model as lm  # noqa: E402
 import train  # noqa: E402
 from data import Pair  # noqa: E402
-from sapo import Source  # noqa: E402
+from sapo import Source, compares  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class Machine(train.Ranks):
 
     def __init__(self, device: str, one: bool = False) -> None:
         super().__init__()
-        self.device, self.one = torch.device(device), one
+        # Device "cuda" is not "cuda:0", and a model that is there already would be copied.
+        self.device, self.one = torch.device(device, 0 if device == "cuda" else None), one
 
     def build(self, folder: Path, config: train.Config, role: str) -> lm.Transformer:
         """As the product does, but for `one`."""
@@ -149,8 +150,9 @@ def source_of(
     """A source of the product's on rows of tokens, handed a learner as train.py makes it."""
     argv = ["--model", folder, "--data", "none", "--schedule", "constant", "--warmup", 0, *flags]
     config = train.parse_args([*map(str, argv)])
+    roles = dict.fromkeys([*kind.roles, *["reference"] * compares(config)])
     tokenizer = data.load_tokenizer(folder)
-    return kind(rows, train.Learner(config, folder, tokenizer, ranks, kind.roles(config)))
+    return kind(rows, train.Learner(config, folder, tokenizer, ranks, *roles))
 
 
 def step(source: Source, t: int) -> dict[str, float]:
