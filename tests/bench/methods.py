@@ -335,8 +335,8 @@ def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
             train.train_improver(c, base, asks, files, journal)
             (folder / "improver").rename(folder / "final")
         elif run.rate:
-            greedy, asks = run.arm.how == "greedy", c.method == "sgpo"
-            examples = unlabelled(run) if asks else gold_rows(run)
+            greedy, alone = run.arm.how == "greedy", c.method == "sgpo"  # alone: prompts
+            examples = unlabelled(run) if alone else gold_rows(run)
             if greedy:
                 examples = self_labelled(run, model, tokenizer)
             pairs = [data.encode_example(tokenizer, example) for example in examples]
@@ -344,7 +344,7 @@ def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
             kind = train.SOURCES[c.method][0]
             roles = dict.fromkeys([*kind.roles, *["reference"] * sapo.compares(c)])
             learner = train.Learner(c, base, tokenizer, ranks, *roles)
-            rows = [*zip(examples, pairs, strict=True)] if asks else pairs
+            rows = [*zip(examples, pairs, strict=True)] if alone else pairs
             train.fit(c, learner, kind(rows, learner), files)
     told: dict[str, Any] = {"seconds": 0.0}  # of the start itself
     if run.rate:

@@ -3,11 +3,14 @@
     python tests/bench/targets.py --data rows.jsonl --rows 24 --max-new-tokens 64
 
 Starts the server with SmolLM2-135M-Instruct, which is no stronger than the model that it is to
-teach: this measures the path, not the method. Runs train.py against it, and again with the gold
-responses as targets, and prints a table of what came of both.
+teach: this measures the path, not the method. It writes 1,024 tokens at most, whatever the rows, so
+that it may take longer than a client usually waits. Runs train.py against it, and again with the
+gold responses as targets, and prints a table of what came of both.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import re
@@ -18,7 +21,6 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,8 +29,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 import judge  # noqa: E402
 from smollm2 import smollm2_folder  # noqa: E402
 
+import train  # noqa: E402
 
-@contextmanager
+
+@contextlib.contextmanager
 def serving(folder: Path, log: Path) -> Iterator[str]:
     """The URL of a server that answers with the model in a folder."""
     with socket.socket() as free:
@@ -59,20 +63,15 @@ def run(args: argparse.Namespace, folder: Path, rows: Path, out: Path, *more: st
     flags += ["--max-new-tokens", str(args.max_new_tokens), "--improver-epochs", "1"]
     flags += ["--log-every", "1", "--seed", str(args.seed), *more]
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        if train.main(flags):
+            raise SystemExit("train.py failed")
     lines = [json.loads(x) for x in (out / "improver_targets.jsonl").read_text().splitlines()]
     report = json.loads((out / "improver_filter.json").read_text())
     logged = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     told = next(row for row in logged if "improve/pairs" in row)
     gold = judge.judge(out)[0]
-    rate = re.findall(r"targets \d+/\d+ ([\d.]+)/s", done.stdout)
+    rate = re.findall(r"targets \d+/\d+ ([\d.]+)/s", said.getvalue())
     words = [len(x["improved"].split()) for x in lines if x["improved"]]
     drafts = [len(x["response"].split()) for x in lines]
     return [
@@ -99,7 +98,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
-    folder = smollm2_folder()
+    folder, train.data.TargetServer.TIMEOUT = smollm2_folder(), 600.0
     with tempfile.TemporaryDirectory() as place:
         rows = Path(place) / "rows.jsonl"
         lines = Path(args.data).read_text(encoding="utf-8").splitlines()[: args.rows]
