@@ -23,11 +23,9 @@ The paper (P) leaves much open, and there is no official code. What is said here
        of perplexities under pi_0, given I(x, y0) (`--fence-k`, `--fence-given`).
     3. P does not say that pi* is also trained on gold: `--improver-mix`.
     4. P does not name the reference of later rounds: pi*, frozen, in all of them.
-    5. Pairs are dropped whose sides are equal (`--keep-identical`), empty, or whose chosen one was
-       cut at its budget (`--keep-cut`), and so are prompts that leave no room for I(x, y). `--gate`
-       drops improvements that are less likely, per token, than the answer.
-
-Sources know nothing of files, flags or ranks; see `sapo.Run`.
+    5. Prompts are dropped that leave no room for I(x, y), and pairs of which a side is empty, both
+       are equal (`--keep-identical`), or the chosen one was cut at its budget (`--keep-cut`) or is
+       less likely, per token, than the answer (`--gate`).
 """
 
 import math
@@ -38,14 +36,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 import data
 import sapo
 from data import Cut, Example, Messages, Pair, Target, TargetServer, Tokenizer
 from model import InputError, Positive, Weight, hash_seed
-from sapo import Answer, Run, batch_indices, describe, ended, pack, request, unpack
+from sapo import Answer, Run, batch_indices, describe, ended, request
 
 IMPROVER = """A request and a first answer to it are below. Rewrite the answer so that it is \
 better: correct what is wrong, add what is missing, keep to what was asked, and be specific where \
@@ -81,17 +77,16 @@ Write the improved answer alone."""
 
 
 Ask = tuple[Example, Pair]  # a prompt, and its gold response or an empty one: as text, as tokens
+Turns = list[dict[str, str]]
 
 
 class SGPO(sapo.Source):
     """Rejected = the policy's answer; chosen = its own improvement of that answer.
-
-    Its rows are Asks; each round takes as many as its steps have use for, in its own order.
-    """
+    Its rows are Asks; each round takes as many as its steps have use for, in its own order."""
 
     def __init__(self, rows: Sequence[Ask], run: Run) -> None:
         super().__init__(rows, run)
-        self.round, self.pairs = -1, list[Pair]()  # of the round
+        self.round = -1
 
     @staticmethod
     def schedule(rows: int, c: Any) -> list[int]:
@@ -105,12 +100,11 @@ class SGPO(sapo.Source):
         if number > self.round:
             self.begin_round(number, end - first)
         self.metrics["sgpo/round"] = float(self.round)
-        if not self.pairs:
-            return []
-        c = self.run.config
-        key = hash_seed(c.seed, "pairs", self.round)
-        self.picked = batch_indices(t - first, c.batch_size, len(self.pairs), key)
-        return [self.pairs[i] for i in self.picked]
+        if self.pool:
+            c = self.run.config
+            key = hash_seed(c.seed, "pairs", self.round)
+            self.picked = batch_indices(t - first, c.batch_size, len(self.pool), key)
+        return [self.pool[i] for i in self.picked]
 
     def begin_round(self, number: int, steps: int) -> None:
         """Answers, improvements, and what is left of them as pairs."""
@@ -130,52 +124,40 @@ class SGPO(sapo.Source):
             (example, row), (answer, logp) = asks[i], answers[i]
             cut = Cut(0, len(new), len(answer), logp)
             made.append((example, Pair(row.prompt, new, answer, cut)))
-        made, dropped = self.choose(made)
-        self.gone, self.round, self.pairs = self.pairs, number, [pair for _, pair in made]
-        self.fresh = list(self.pairs)
-        self.metrics = describe(self.fresh, tokenizer.eos_ids) | {
-            "improve/pairs": float(len(made)),
-            "improve/too_long": 1 - len(fits) / count,
-            **{f"improve/{why}": number / count for why, number in dropped.items()},
-        }
-        self.made = [
-            {
-                "round": self.round,
-                "prompt": as_prompt(example.messages),
-                "chosen": tokenizer.response_text(pair.chosen),
-                "rejected": tokenizer.response_text(pair.rejected),
-            }
-            for example, pair in made
-        ]
+        made, flaws = self.choose(made)
+        self.fresh, self.gone = [pair for _, pair in made], [*self.pool.values()]
+        self.round, self.pool = number, dict(enumerate(self.fresh))
+        flaws["too_long"] = count - len(fits)
+        self.metrics = describe(self.fresh, tokenizer.eos_ids) | {"improve/pairs": float(len(made))}
+        self.metrics |= {f"improve/{why}": found / count for why, found in flaws.items()}
+        for example, pair in made:
+            chosen, rejected = map(tokenizer.response_text, pair[1:3])
+            texts = {"prompt": as_prompt(example.messages), "chosen": chosen, "rejected": rejected}
+            self.made.append({"round": number} | texts)
 
     def choose(self, made: list[Ask]) -> tuple[list[Ask], dict[str, int]]:
-        """The pairs worth learning from, and how many were dropped for what."""
-        c, read, dropped = self.run.config, self.run.tokenizer.response_text, dict[str, int]()
+        """The pairs worth learning from, and how many had each flaw, kept or not."""
+        c, tokenizer, flaws = self.run.config, self.run.tokenizer, dict[str, int]()
 
-        def keep(why: str, good: Sequence[bool]) -> None:
-            dropped[why] = len(good) - sum(good)
-            made[:] = [one for one, stays in zip(made, good, strict=True) if stays]
+        def drop(why: str, bad: Sequence[bool], unless: bool = False) -> None:
+            flaws[why] = sum(bad)
+            made[:] = [one for one, goes in zip(made, bad, strict=True) if unless or not goes]
 
-        keep("empty", [all(read(side).strip() for side in pair[1:3]) for _, pair in made])
-        eos_ids = self.run.tokenizer.eos_ids
-        keep("cut", [c.keep_cut or ended(pair.chosen, eos_ids) for _, pair in made])
-        equal = [pair.chosen == pair.rejected for _, pair in made]
-        keep("identical", [c.keep_identical or not same for same in equal])
+        read = tokenizer.response_text
+        drop("empty", [not all(read(side).strip() for side in pair[1:3]) for _, pair in made])
+        drop("cut", [not ended(pair.chosen, tokenizer.eos_ids) for _, pair in made], c.keep_cut)
+        drop("identical", [pair.chosen == pair.rejected for _, pair in made], c.keep_identical)
         if c.gate:  # per token: a sum would favour the shorter side
             sides = [Pair(pair.prompt, side, []) for _, pair in made for side in pair[1:3]]
-            logps = [
-                x / len(side.chosen) for x, side in zip(self.run.logps(sides), sides, strict=True)
-            ]
-            both = zip(made, logps[::2], logps[1::2], strict=True)
-            keep("unlikely", [p.chosen == p.rejected or good > bad for (_, p), good, bad in both])
-        return made, dropped
+            both = zip(self.run.logps(sides), sides, strict=True)
+            means = [logp / len(side.chosen) for logp, side in both]
+            rows = zip(made, means[::2], means[1::2], strict=True)
+            likelier = [p.chosen == p.rejected or good > bad for (_, p), good, bad in rows]
+            drop("unlikely", [not stays for stays in likelier])
+        return made, flaws
 
     def write(
-        self,
-        prompts: Sequence[list[int]],
-        purpose: str,
-        number: int,
-        temperature: float | None = None,
+        self, prompts: list[list[int]], purpose: str, number: int, temperature: float | None = None
     ) -> list[Answer]:
         """The policy's continuations of prompts in a round."""
         c, policy = self.run.config, self.run.models["policy"]
@@ -187,14 +169,6 @@ class SGPO(sapo.Source):
         """The policy's answer beside the gold response."""
         answers = self.write([row.prompt for row in rows], "eval", self.round)
         return [row._replace(rejected=new) for row, (new, _) in zip(rows, answers, strict=True)]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The round and its pairs."""
-        return pack(self.pairs) | {"round": torch.tensor([self.round])}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what `state_dict` gave."""
-        self.pairs, self.round = unpack(state), int(state["round"])
 
 
 # --------------------------------------------------------------------------- phase 1: the improver
@@ -215,13 +189,10 @@ def improver_rows(
         example = Example(tuple(asked), target.improved, None, f"target {i}")
         row = data.encode_example(tokenizer, example)
         if len(row.prompt) + len(row.chosen) <= c.max_length:
-            context = {
-                "improver": row.prompt,
-                "prompt": tokenizer.apply_chat_template(target.messages, True),
-                "nothing": [tokenizer.eos_ids[0]],
-            }[c.fence_given]
+            before = {"improver": row.prompt, "nothing": [tokenizer.eos_ids[0]]}
+            before["prompt"] = tokenizer.apply_chat_template(target.messages, True)
             rows.append(row)
-            given.append(Pair(context, row.chosen, []))
+            given.append(Pair(before[c.fence_given], row.chosen, []))
     if not rows:
         raise InputError(f"no target fits into --max-length {c.max_length} with its prompt")
     both = zip(run.logps(given), given, strict=True)
@@ -251,39 +222,27 @@ def improvements(
     c: Any, drafts: Sequence[Ask], answers: Mapping[int, str], server: TargetServer | None
 ) -> Iterator[tuple[int, str | None, str]]:
     """(which draft, its improvement, ""), as they come, or (which, None, why there is none)."""
+    asked = [(i, drafts[i][0], answer) for i, answer in answers.items()]
     if server is not None:
-        places = list(answers)
         questions = [
-            target_prompt(
-                drafts[i][0].messages, drafts[i][0].response, answers[i], c.target_instruction
-            )
-            for i in places
+            target_prompt(draft.messages, draft.response, answer, c.target_instruction)
+            for _, draft, answer in asked
         ]
-        for place, found, why in server.ask_all(questions):
-            yield places[place], found, why
+        for place, improved, why in server.ask_all(questions):
+            yield asked[place][0], improved, why
         return
-    for i, answer in answers.items():
-        text, improved = drafts[i][0].messages[-1]["content"], drafts[i][0].response
+    for i, draft, answer in asked:
+        better = draft.response
         if c.target_source == "tasks":
             rng = random.Random(hash_seed(c.seed, "mend", i))
-            improved = data.mend_answer(text, answer, rng)
-        yield i, improved or None, "" if improved else "no gold"
+            better = data.mend_answer(draft.messages[-1]["content"], answer, rng)
+        yield i, better or None, "" if better else "no gold"
 
 
-# ------------------------------------------------------------------------------------ the prompts
-
-
-def improver_prompt(
-    messages: Messages, answer: str, instruction: str = IMPROVER
-) -> list[dict[str, str]]:
-    """The chat messages that ask the model to improve its own answer.
-
-    Args:
-        messages: the conversation that was answered; its last turn is the user's.
-        answer: the model's.
-        instruction: the new last turn; {prompt} in it becomes the old one's text, {answer} the
-            answer. Earlier turns stay as they are.
-    """
+def improver_prompt(messages: Messages, answer: str, instruction: str = IMPROVER) -> Turns:
+    """The chat messages that ask the model to improve its own answer to `messages`, the last of
+    which is the user's. It gives way to `instruction`, in which its text stands for {prompt} and
+    the answer for {answer}; earlier turns stay as they are."""
     last = fill(instruction, prompt=messages[-1]["content"], answer=answer)
     return [*map(dict, messages[:-1]), {"role": "user", "content": last}]
 
@@ -303,16 +262,12 @@ def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
     room = c.max_length - 1
     kept = [ask for ask in asks if len(frame(ask[0].messages, "", tokenizer, c)) < room]
     if not kept:
-        raise InputError(
-            f"none of the {len(asks)} prompts fits into --max-length {c.max_length} with "
-            "--improver-instruction around it"
-        )
+        told = f"none of the {len(asks)} prompts fits into --max-length {c.max_length}"
+        raise InputError(f"{told} with --improver-instruction around it")
     return kept
 
 
-def target_prompt(
-    messages: Messages, gold: str, answer: str, instruction: str = TARGET
-) -> list[dict[str, str]]:
+def target_prompt(messages: Messages, gold: str, answer: str, instruction: str = TARGET) -> Turns:
     """The same for the stronger model, which is also told the gold response."""
     last = fill(instruction, prompt=messages[-1]["content"], gold=gold, answer=answer)
     return [*map(dict, messages[:-1]), {"role": "user", "content": last}]
@@ -337,8 +292,8 @@ class Settings(sapo.Copies, sapo.Rounds):
     """SGPO."""
 
     target_source: str | None = None  # [ours]
-    "http://HOST/v1, a JSONL file of prompt, response and improved, gold, or tasks, which \
-mends answers to the built-in tasks; default: tasks where there is no --data, else gold"
+    "http://HOST/v1, a JSONL file of prompt, response and improved, gold, or tasks, which mends \
+answers to the built-in tasks; default: tasks where there is no --data, else gold"
     target_model: str | None = None
     "the model to ask at a URL; a key is read from the environment's OPENAI_API_KEY"
     target_workers: Annotated[int, 1, 1000] = 8  # [ours]
@@ -368,12 +323,10 @@ mends answers to the built-in tasks; default: tasks where there is no --data, el
     keep_cut: bool = False  # [ours]
     "keep pairs whose improvement used up --max-new-tokens, and so has no end"
     gate: bool = False  # [ours]
-    "keep an improvement only where the model finds it likelier, per token and behind the prompt \
-alone, than the answer"
+    "keep only improvements likelier, per token and behind the prompt alone, than the answer"
 
 
 # ----------------------------------------------------------------------------- the paper's setting
-
 RECIPES: dict[str, dict[str, Any]] = {
     "sgpo-qwen2.5-7b": {  # model and kind of data are the paper's, every number [ours]
         "method": "sgpo", "loss": "dpo", "precision": "bf16", "optimizer": "adamw",

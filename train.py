@@ -9,11 +9,10 @@ Every preference method is a source of pairs with a loss on top:
 
     source.before_step(t) -> pairs (prompt, chosen, rejected)  ->  loss  ->  policy t + 1
 
-The sources and the losses are in sapo.py and sgpo.py. Here come first the loop and the learner,
-where an evening's reading ends; then what lies on disk, the ranks (the only place that knows of
-more than one process), the flags, and the whole run.
+The sources and the losses are in sapo.py and sgpo.py. Here are the loop and the learner, where an
+evening's reading ends; then what lies on disk, the ranks, the flags, and the whole run.
 
-Shapes: N pairs. Log-probs are sums over response tokens, in nats, unless a name says mean.
+Shapes: N pairs. Log-probs are sums over response tokens, in nats.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import hashlib
 import json
 import math
 import os
@@ -33,7 +31,6 @@ import signal
 import sys
 import tempfile
 import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +55,7 @@ from sapo import Answer, Request, Source, dpo_loss, orpo_loss
 
 __all__ = ["Config", "Learner", "dpo_loss", "fit", "main", "orpo_loss"]  # the losses are sapo.py's
 
-# Where each method's pairs come from, and the class of the flags that it reads beside those that
-# all do. A new method is a line.
+# Where each method's pairs come from, and the flags of its own. A new method is a line.
 SOURCES: dict[str, tuple[type[Source], Any]] = {
     "sft": (sapo.SFT, None),
     "dpo": (Source, None),
@@ -71,6 +67,7 @@ SOURCES: dict[str, tuple[type[Source], Any]] = {
 
 Row = dict[str, float]  # a step's metrics by name
 Table = dict[str, Tensor]  # columns of (N,) float64, one value a pair: see COLUMNS
+Seen = tuple[list[Pair], Table, Row]  # of a step
 
 
 class Stopped(Exception):
@@ -82,46 +79,48 @@ class Stopped(Exception):
 
 def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
     """The only loop: trains the policy on the source's pairs. t counts optimizer updates done."""
-    t = files.restore(learner, source) if c.resume else 0
+    t = saved = files.restore(learner, source)
     began, first, end = time.perf_counter(), t, source.bounds[-1]
     while t < end:
         try:
             pairs, table, row = step(c, learner, source, t)
         except Stopped:  # while a round's answers were generated; they are kept
-            if t > 0:
+            if t > saved:
                 files.save(t, learner, source)
             raise
         t += 1
         if t == end or (c.eval_every and t % c.eval_every == 0):
             row |= evaluate(c, learner, source, files)
-        files.show(t, pairs, table, row, learner, source)
+        files.show(t, (pairs, table, row), learner, source)
         if t == end or t % c.log_every == 0 or "seconds/eval" in row or source.made:
             files.log(t, row, source, pace=(time.perf_counter() - began) / (t - first))
         if learner.bad_steps == 5:
-            last = max(files.numbered().items(), default=(0, "none: see --save-every"))[1]
+            last = [(0, "none: see --save-every"), *files.numbered()][-1][1]
             told = "loss or gradient was not finite 5 steps in a row: try a lower --lr; the last "
             raise InputError(f"{told}checkpoint is {last}")
         stops = learner.ranks.agree(learner.ranks.asked_to_stop)
         if stops or (c.save_every and t % c.save_every == 0):
             files.save(t, learner, source)
+            saved = t
         if stops:
             raise Stopped(f"stopped after step {files.before + t}; --resume goes on")
-    files.save_final(learner)
+    dtype = torch.bfloat16 if c.save_dtype == "bf16" else torch.float32
+    files.publish(files.final, lambda folder: files.save_model(learner.policy, folder, dtype))
 
 
-def step(c: Config, learner: Learner, source: Source, t: int) -> tuple[list[Pair], Table, Row]:
+def step(c: Config, learner: Learner, source: Source, t: int) -> Seen:
     """One update: pairs, gradients over micro-batches, clipping, the optimizer."""
     began, (number, first, end) = time.perf_counter(), source.stretch(t)
     if t == first:  # SPIN's iterations and SGPO's rounds are runs of their own
         learner.optimizer.state.clear()
-    learner.begin_step(nth(c.beta, number))
+    learner.begin_step(c.beta[: number + 1][-1])
     with learner.clock("source"):
         pairs = source.before_step(t)
-    lr = lr_at(c, t - first, end - first, peak=nth(c.lr, number))
+    lr = lr_at(c, t - first, end - first, peak=c.lr[: number + 1][-1])
     row: Row = {"lr": lr, "pairs": float(len(pairs)), "grad_norm": 0.0}
     table = learner.score(pairs, source.reference_version, learn=True)
     for pair in source.gone:
-        learner.known.pop(digest(pair), None)
+        learner.known.pop(hash_seed(*pair[:3]), None)
     if pairs:
         row |= summary(pairs, table, c)
         with learner.clock("optimizer"):
@@ -131,8 +130,8 @@ def step(c: Config, learner: Learner, source: Source, t: int) -> tuple[list[Pair
 
 
 def evaluate(c: Config, learner: Learner, source: Source, files: Files) -> Row:
-    """Held-out rows scored as training pairs are, and what the run's own test measures. Rows that
-    have a rejected side keep it; the others get one from the source."""
+    """Held-out rows scored as training pairs are, those without a rejected side with one that the
+    source makes; and accuracy, in runs on the built-in tasks."""
     row, began = Row(), time.perf_counter()
     with learner.clock("eval"):
         if files.eval_rows:
@@ -140,9 +139,10 @@ def evaluate(c: Config, learner: Learner, source: Source, files: Files) -> Row:
             pairs = [pair if pair.rejected else next(new) for pair in files.eval_rows]
             table = learner.score(pairs, source.reference_version, learn=False)
             row |= {f"eval/{key}": value for key, value in summary(pairs, table, c).items()}
-        if files.test is not None:
+        if files.on_tasks:
             with learner.ranks.decoder(learner.policy) as ready:
-                row |= files.test(ready)
+                shares = sample.task_accuracy(ready, files.tokenizer, c.seed, 0.0, "validation")
+            row |= {f"eval/accuracy/{kind}": share for kind, share in shares.items()}
     return row | {"seconds/eval": time.perf_counter() - began}
 
 
@@ -173,31 +173,24 @@ def lr_at(c: Config, t: int, steps: int, peak: float) -> float:
     if t < warmup:
         return peak * (t + 1) / warmup
     done = (t - warmup) / max(1, steps - warmup)
-    if c.schedule == "linear":
-        return peak * (1 - done)
-    if c.schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
-    if c.schedule == "inverse_sqrt":  # without a warm-up slowly down, as transformers has it
-        return peak * math.sqrt(warmup / (t + 1) if warmup else 10_000 / (t + 10_000))
-    return peak
-
-
-def nth(values: Sequence[float], n: int) -> float:
-    """The n-th of the values, the last for all that remain."""
-    return values[min(n, len(values) - 1)]
+    return (
+        peak
+        * {
+            "linear": 1 - done,
+            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+            # without a warm-up slowly down, as transformers has it
+            "inverse_sqrt": math.sqrt(warmup / (t + 1) if warmup else 10_000 / (t + 10_000)),
+            "constant": 1.0,
+        }[c.schedule]
+    )
 
 
 # ------------------------------------------------------------------------------------ the learner
 
 
 class Learner:
-    """The models and the optimizer: it scores pairs, learns from them, and generates.
-
-    It knows no method, and is the `sapo.Run` of its source. `start` is a model's folder, and
-    `roles` name the copies of it that stand beside the policy.
-    """
-
-    journal: Journal | None = None  # for what `generate` is to keep
+    """The models and the optimizer, and the `sapo.Run` of a source: it scores pairs, learns from
+    them, and generates. `roles` name the copies of `start` that stand beside the policy."""
 
     def __init__(
         self, c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks, *roles: str
@@ -207,7 +200,7 @@ class Learner:
         self.optimizer = make_optimizer(self.policy, c)  # before a forward makes objects stale
         self.models = {"policy": self.policy}
         self.models |= {role: ranks.build(start, c, role) for role in roles}
-        self.known: dict[int, tuple[float, ...]] = {}  # the reference's log-probs, by `digest`
+        self.known: dict[int, tuple[float, ...]] = {}  # the reference's log-probs, by pair
         self.version = 0  # of the reference that they are of
         self.bad_steps = self.skipped = 0  # updates left out: in a row, and in all
         self.begin_step(c.beta[0])
@@ -238,11 +231,9 @@ class Learner:
         return row | {f"seconds/{name}": value for name, value in self.seconds.items()}
 
     def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Pair], Tensor]]:
-        """This rank's micro-batches: places among the pairs, the pairs, and their weights.
-
-        Each rank takes every world-th pair in order of length, so that all have alike work. Where
-        they do not come out even, a rank repeats a pair with weight 0: all must run as many passes.
-        """
+        """This rank's micro-batches: places among the pairs, the pairs, their weights. It takes
+        every world-th pair in order of length: all ranks have alike work. Where these do not come
+        out even, it repeats one with weight 0: all must run as many passes."""
         count, size = len(pairs), self.config.micro_batch_size
         order = sorted(range(count), key=lambda i: sum(map(len, pairs[i][:3])))
         mine = order[self.ranks.rank :: self.ranks.world]
@@ -268,13 +259,12 @@ class Learner:
             return [chosen for chosen, _ in self.sums(self.policy, rows)]
 
     def reference_logps(self, pairs: Sequence[Pair], version: int, keep: bool) -> Tensor:
-        """(N, 2) float32 on every rank: log-probs of chosen and rejected under the reference, once
-        for a pair, and kept until the reference is another `version`. `keep`: not held-out pairs.
-        """
+        """(N, 2) float32 on every rank: `sums` under the reference, once for a pair, and kept until
+        that is another `version`. `keep`: not held-out pairs."""
         if version != self.version:
             self.version = version
             self.known.clear()
-        keys = [digest(pair) for pair in pairs]
+        keys = [hash_seed(*pair[:3]) for pair in pairs]
         missing = {k: p for k, p in zip(keys, pairs, strict=True) if k not in self.known}
         with self.clock("reference"):
             sums = self.sums(self.models["reference"], [*missing.values()])
@@ -286,8 +276,7 @@ class Learner:
         return torch.tensor(rows, dtype=torch.float32, device=self.ranks.device).view(-1, 2)
 
     def score(self, pairs: Sequence[Pair], version: int, learn: bool) -> Table:
-        """COLUMNS of (N,) float64, on every rank; `learn`: the gradient too. `version`: of the
-        reference."""
+        """COLUMNS on every rank; `learn`: the gradient too. `version`: of the reference."""
         c, count = self.config, len(pairs)
         stats = torch.zeros(count, len(COLUMNS), dtype=torch.float64, device=self.ranks.device)
         references = torch.zeros(count, 2, device=self.ranks.device)
@@ -313,8 +302,7 @@ class Learner:
         return dict(zip(COLUMNS, table.unbind(1), strict=True))
 
     def update(self, lr: float, loss: float) -> float:
-        """Clips, steps, and returns the gradient's norm before clipping. A step whose loss or norm
-        is not finite is skipped, and counted."""
+        """Clips and steps, unless loss or norm is not finite. The gradient's norm before that."""
         limit = self.config.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), limit, foreach=True)
         value = float(self.ranks.whole(norm))
@@ -333,35 +321,31 @@ class Learner:
     ) -> list[Answer]:
         """As `sapo.Run` says. The rows are spread over the ranks; each gets all of the answer."""
         c, ranks = self.config, self.ranks
-        temperature = c.temperature if temperature is None else temperature
-        how: dict[str, Any] = {"temperature": temperature, "top_k": c.top_k, "top_p": c.top_p}
-        how |= {"eos_ids": self.tokenizer.eos_ids, "batch_size": c.generate_batch_size}
+        how: dict[str, Any] = {"eos_ids": self.tokenizer.eos_ids, "return_logprobs": True}
+        how |= {"temperature": c.temperature if temperature is None else temperature}
+        how |= {"top_k": c.top_k, "top_p": c.top_p, "batch_size": c.generate_batch_size}
 
-        def write(rows: Sequence[Request]) -> list[Answer]:
-            mine = rows[ranks.rank :: ranks.world]
+        def write(rows: list[Request]) -> list[Answer]:
+            mine: list[Any] = rows[ranks.rank :: ranks.world]
             prompts, most, seeds = ([row[k] for row in mine] for k in range(3))
-            new, logps = lm.generate(ready, prompts, most, seed=seeds, return_logprobs=True, **how)
-            return ranks.join([*zip(new, map(math.fsum, logps), strict=True)], len(rows))
+            new, logps = lm.generate(ready, prompts, most, seed=seeds, **how)
+            return ranks.join([*zip(new, map(math.fsum, logps), strict=True)], rows)
 
         with self.clock("generate"), ranks.decoder(model) as ready:
-            if keep and self.journal is not None:
-                done = self.journal.complete(ranks.norm(model), asked, write)
-            else:
-                done = write(asked)
+            done = kept(c, ranks, asked, write, ranks.norm(model)) if keep else write(asked)
         self.generated += sum(len(tokens) for tokens, _ in done)
         return done
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the policy's weights, by name, sharded as it lies."""
-        others = {role: model for role, model in self.models.items() if role != "policy"}
-        tree = {
-            f"{role}.{name}": p for role, m in others.items() for name, p in m.named_parameters()
-        }
-        tree |= {
-            f"optimizer.{name}.{key}": value
-            for name, parameter in self.policy.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
+        tree = dict[str, Tensor]()
+        for role, model in self.models.items():
+            for name, parameter in model.named_parameters():
+                if role != "policy":
+                    tree[f"{role}.{name}"] = parameter
+                    continue
+                for key, value in self.optimizer.state[parameter].items():
+                    tree[f"optimizer.{name}.{key}"] = value
         tree["known.keys"] = torch.tensor([*self.known], dtype=torch.int64)
         tree["known.logps"] = torch.tensor([*self.known.values()], dtype=torch.float64).view(-1, 2)
         tree["counts"] = torch.tensor([self.bad_steps, self.skipped, self.version])
@@ -369,17 +353,17 @@ class Learner:
 
     def load_state_dict(self, tree: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave, each rank its shards."""
-        others = {role: model for role, model in self.models.items() if role != "policy"}
-        for role, model in others.items():
+        for role, model in self.models.items():
             for name, parameter in model.named_parameters():
-                self.ranks.place(parameter, tree[f"{role}.{name}"])
-        for name, parameter in self.policy.named_parameters():
-            prefix, state = f"optimizer.{name}.", self.optimizer.state[parameter]
-            for key in [name.removeprefix(prefix) for name in tree if name.startswith(prefix)]:
-                state[key] = tree[prefix + key]
-                if key != "step":
-                    state[key] = torch.zeros_like(parameter).detach()
-                    self.ranks.place(state[key], tree[prefix + key])
+                if role != "policy":
+                    self.ranks.place(parameter, tree[f"{role}.{name}"])
+                    continue
+                prefix, state = f"optimizer.{name}.", self.optimizer.state[parameter]
+                for key in [name.removeprefix(prefix) for name in tree if name.startswith(prefix)]:
+                    state[key] = tree[prefix + key]
+                    if key != "step":
+                        state[key] = torch.zeros_like(parameter).detach()
+                        self.ranks.place(state[key], tree[prefix + key])
         logps = map(tuple, tree["known.logps"].tolist())
         self.known = dict(zip(tree["known.keys"].tolist(), logps, strict=True))
         self.bad_steps, self.skipped, self.version = tree["counts"].tolist()
@@ -389,11 +373,6 @@ class Learner:
 # B', of C after B and of C after B', all under the policy, and the tokens computed.
 COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejected rewards/chosen
     rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest tokens""".split()  # noqa: SIM905
-
-
-def digest(pair: Pair) -> int:
-    """What the reference's log-probs of a pair are kept by."""
-    return hash_seed(*pair[:3])
 
 
 def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
@@ -414,7 +393,7 @@ def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
 @dataclass
 class Files:
     """What one training run reads and leaves; the start, the control, the improver and the method
-    are a run each. All ranks call `save`, `restore` and `save_final`: they gather the weights."""
+    are a run each. All ranks call `save`, `restore` and `publish`: they gather the weights."""
 
     ranks: Ranks
     tokenizer: data.Tokenizer
@@ -424,28 +403,19 @@ class Files:
     checkpoints: Path | None = None
     before: int = 0  # steps of the phases before this one
     eval_rows: Sequence[Pair] = ()
-    test: Callable[[Transformer], dict[str, float]] | None = None  # more held-out metrics
+    on_tasks: bool = False  # accuracy on the built-in tasks is a held-out metric
     trace: Trace | None = None
     beside: Mapping[str, str] = field(default_factory=dict)  # more files beside a model, by name
 
-    def show(
-        self,
-        t: int,
-        pairs: Sequence[Pair],
-        table: Table,
-        row: Row,
-        learner: Learner,
-        source: Source,
-    ) -> None:
+    def show(self, t: int, seen: Seen, learner: Learner, source: Source) -> None:
         """A step's pairs and numbers, for --trace and --show-every."""
         c = learner.config
         if self.trace is not None and self.before + t <= c.trace_steps:
             norms = {f"norm/{role}": self.ranks.norm(m) for role, m in learner.models.items()}
             if self.ranks.first:
-                row = row | norms | {"beta": learner.beta}
-                self.trace.add(self.before + t, pairs, table, row, source)
+                self.trace.add(self.before + t, seen, norms | {"beta": learner.beta}, source)
         if c.show_every and (t - 1) % c.show_every == 0 and self.ranks.first:
-            for pair in [pair for pair in pairs if pair.cut is not None][:1]:
+            for pair in [pair for pair in seen[0] if pair.cut is not None][:1]:
                 print(sample.paint(pair, self.tokenizer.decode))
 
     def log(self, t: int, row: Row, source: Source, pace: float) -> None:
@@ -464,10 +434,10 @@ class Files:
         clock = f"{1 / pace:.2f} steps/s {left // 60}:{left % 60:02} left"
         print(f"{self.phase} {t}/{steps} {shown} {clock}", flush=True)
 
-    def numbered(self) -> dict[int, Path]:
-        """The checkpoints on disk by their number of steps."""
+    def numbered(self) -> list[tuple[int, Path]]:
+        """The checkpoints on disk, from the fewest steps to the most."""
         folders = [] if self.checkpoints is None else self.checkpoints.glob("step-*")
-        return {int(f.name[5:]): f for f in folders if f.name[5:].isdecimal()}
+        return sorted((int(f.name[5:]), f) for f in folders if f.name[5:].isdecimal())
 
     def save(self, t: int, learner: Learner, source: Source) -> None:
         """checkpoints/step-N: the policy as a folder that transformers loads, and one tree of
@@ -479,31 +449,31 @@ class Files:
             self.save_model(learner.policy, folder / "policy", torch.float32)
             tree = learner.state_dict() | {"bounds": torch.tensor(source.bounds)}
             tree |= {f"source.{name}": value for name, value in source.state_dict().items()}
-            (folder / "state").mkdir(exist_ok=True)
+            if self.ranks.first:
+                (folder / "state").mkdir()
             lm.write_weights(folder / "state", tree, self.ranks.fetch, self.ranks.first)
 
         self.publish(self.checkpoints / f"step-{self.before + t}", write)
         if learner.config.keep and self.ranks.first:
-            for _, folder in sorted(self.numbered().items())[: -learner.config.keep]:
+            for _, folder in self.numbered()[: -learner.config.keep]:
                 shutil.rmtree(folder)
 
     def restore(self, learner: Learner, source: Source) -> int:
         """Takes up the newest whole checkpoint of this phase; returns the steps that it has done of
         it, or 0 where there is none."""
         done, parameters = 0, dict(learner.policy.named_parameters())
-        for number, folder in sorted(self.numbered().items(), reverse=True):
+        for number, folder in reversed(self.numbered()):
             if number <= self.before:
                 break
             try:  # reads headers alone
                 lm.find_weights(parameters, folder / "policy")
                 tree = lm.Tensors(folder / "state")
             except InputError as error:
-                self.ranks.warn(f"{folder} is not whole, and left out: {error}")
+                say(f"warning: {folder} is not whole, and left out: {error}")
                 continue
             done = number - self.before
-            if done > source.bounds[-1]:
-                told = f"--steps {source.bounds[-1]}, but {folder} is beyond that already"
-                raise InputError(told)
+            if done > (end := source.bounds[-1]):
+                raise InputError(f"--steps {end}, but {folder} is beyond that already")
             lm.load_weights(parameters, folder / "policy", self.ranks.place)
             learner.load_state_dict(tree)
             own = {n.removeprefix("source."): tree[n] for n in tree if n.startswith("source.")}
@@ -511,17 +481,18 @@ class Files:
             source.bend(tree["bounds"].tolist(), done)
             break
         if self.ranks.first:
-            keep_rows(self.metrics, "step", self.before + done)
-            keep_rows(self.metrics.with_name("pairs.jsonl"), "round", source.round)
-            afresh = "no checkpoint yet: starting afresh"
-            print(f"resuming after step {self.before + done}" if done else afresh)
-        self.ranks.barrier()
+            ends = {
+                self.metrics: ("step", self.before + done)
+            }  # what is done again is written again
+            ends[self.metrics.with_name("pairs.jsonl")] = ("round", source.round)
+            for path, (key, most) in ends.items():
+                if path.exists():
+                    rows = (row for row in json_lines(path) if row.get(key, most + 1) <= most)
+                    write_rows(path, rows)
+            if learner.config.resume:
+                told = f"resuming after step {self.before + done}"
+                print(told if done else "no checkpoint yet: starting afresh")
         return done
-
-    def save_final(self, learner: Learner) -> None:
-        """The policy, in the type that --save-dtype says."""
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[learner.config.save_dtype]
-        self.publish(self.final, lambda folder: self.save_model(learner.policy, folder, dtype))
 
     def save_model(self, model: Transformer, folder: Path, dtype: torch.dtype) -> None:
         """A Hugging Face folder of a model, with its tokenizer."""
@@ -540,72 +511,54 @@ class Files:
     def publish(self, folder: Path, write: Callable[[Path], None]) -> None:
         """Writes a folder that appears whole or not at all: beside its place, then renamed. What
         cannot be written whole, as where the disk is full, is taken away."""
-        partial, old = folder.with_name(f".{folder.name}"), folder.with_name(f".{folder.name}.old")
-        if self.ranks.first:
-            for path in (partial, old):
-                shutil.rmtree(path, ignore_errors=True)
-        self.ranks.barrier()
+        partial = folder.with_name(f".{folder.name}")
         try:
+            if self.ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
             write(partial)
             if self.ranks.first:
-                for path in (*(f for f in partial.rglob("*") if f.is_file()), partial):
+                for path in (*partial.rglob("*"), partial):
                     flush(path)
+                shutil.rmtree(folder, ignore_errors=True)  # one that was not whole
+                partial.rename(folder)
+                flush(folder.parent)
         except BaseException:
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         self.ranks.barrier()
-        if self.ranks.first:
-            if folder.exists():
-                folder.rename(old)
-            partial.rename(folder)
-            flush(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        self.ranks.barrier()
 
 
-@dataclass
-class Journal:
-    """A file of what has been generated of a round, so that a stopped run keeps it."""
-
-    path: Path
-    ranks: Ranks
-    size: int  # rows at a time
-
-    def complete(
-        self,
-        stamp: float,
-        rows: Sequence[Request],
-        write: Callable[[Sequence[Request]], list[Answer]],
-    ) -> list[Answer]:
-        """The rows' answers: those on file, where the model (`stamp`) and the row are the same, and
-        the others written now. Raises Stopped where the run is to stop."""
-        keys = [hash_seed(stamp, *row) for row in rows]
-        known = {row["key"]: (row["tokens"], row["logp"]) for _, row in json_lines(self.path)}
-        left = [i for i, key in enumerate(keys) if key not in known]
-        for first in range(0, len(left), self.size):
-            some = left[first : first + self.size]
-            new = dict(zip((keys[i] for i in some), write([rows[i] for i in some]), strict=True))
-            known |= new
-            if self.ranks.first:
-                told = ({"key": k, "tokens": x, "logp": y} for k, (x, y) in new.items())
-                append(self.path, told)
-            if self.ranks.agree(self.ranks.asked_to_stop):
-                raise Stopped("stopped while answers were generated; --resume goes on")
-        return [known[key] for key in keys]
+def kept(
+    c: Config, ranks: Ranks, rows: list[Request], write: Callable[[Any], list[Answer]], stamp: float
+) -> list[Answer]:
+    """The rows' answers, some at a time into a file, so that a stopped run keeps them: those in it,
+    where the model (`stamp`) and the row are the same, and the others written now. Raises Stopped
+    where the run is to stop."""
+    path, size = Path(c.out) / ".generated.jsonl", 8 * c.generate_batch_size * ranks.world
+    keys = [hash_seed(stamp, *row) for row in rows]
+    known = {row["key"]: (row["tokens"], row["logp"]) for row in json_lines(path)}
+    left = [i for i, key in enumerate(keys) if key not in known]
+    for first in range(0, len(left), size):
+        some = left[first : first + size]
+        new = zip(some, write([rows[i] for i in some]), strict=True)
+        told = [{"key": keys[i], "tokens": tokens, "logp": logp} for i, (tokens, logp) in new]
+        known |= {row["key"]: (row["tokens"], row["logp"]) for row in told}
+        if ranks.first:
+            append(path, told)
+        if ranks.agree(ranks.asked_to_stop):
+            raise Stopped("stopped while answers were generated; --resume goes on")
+    return [known[key] for key in keys]
 
 
 class Trace:
     """The first steps of a run in one safetensors file (`--trace`), to check another program by.
 
-        step/step (S,), and as long: step/loss, step/nll, step/grad_norm (before clipping), step/lr,
-            step/beta, step/norm/policy (after it), step/norm/ema, step/norm/reference (in it)
-        pair/step (N,), and as long: pair/place, where a pair was drawn from (the replay buffer with
-            the fresh pairs in it, 0 the oldest; SPIN's pool; SGPO's round; the rows), and COLUMNS
-        pair/lengths (N, 3): of prompt, chosen, rejected, one behind the other in pair/tokens
-        pair/bounds (N, 3): chosen[start:stop] is B, rejected[start:new_stop] B', or -1; pair/logp
-            (N,): the log-prob of B' under the model that wrote it
-        fresh/...: the same five of the pairs made at a step, in the order they were stored
+        step/... (S,): step, loss, nll, grad_norm (before clipping), lr, beta, norm/policy (after
+            the step), norm/ema and norm/reference (in it)
+        pair/... (N,): step, COLUMNS, place (where it was drawn from: the replay buffer with the
+            fresh pairs in it, 0 the oldest; SPIN's pool; SGPO's round; the rows), `sapo.pack`
+        fresh/...: step and `sapo.pack` of the pairs made at a step, in the order they were stored
 
     The flags, save names of files, are in the file's metadata, as JSON under "args".
     """
@@ -623,13 +576,13 @@ class Trace:
         except OSError as error:
             raise InputError(f"--trace {c.trace} cannot be written: {error.strerror}") from None
 
-    def add(self, step: int, pairs: Sequence[Pair], table: Table, row: Row, source: Source) -> None:
+    def add(self, step: int, seen: Seen, more: Row, source: Source) -> None:
         """Records a step and writes the file anew: it is small, and the run may be killed."""
-        names = "loss nll grad_norm lr beta norm/policy norm/ema norm/reference".split()  # noqa: SIM905
-        part = {
-            f"step/{k}": torch.tensor([row.get(k, math.nan)], dtype=torch.float64) for k in names
-        }
-        part["step/step"] = torch.tensor([step])
+        pairs, table, row = seen
+        part = {"step/step": torch.tensor([step])}
+        for name in "loss nll grad_norm lr beta norm/policy norm/ema norm/reference".split():  # noqa: SIM905
+            value = (row | more).get(name, math.nan)
+            part[f"step/{name}"] = torch.tensor([value], dtype=torch.float64)
         part |= {f"pair/{key}": values for key, values in table.items()}
         part["pair/place"] = torch.tensor(source.picked, dtype=torch.int64)
         for name, made in (("pair", pairs), ("fresh", source.fresh)):
@@ -641,25 +594,23 @@ class Trace:
         self.partial.rename(self.path)
 
 
-def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a file and their objects; one that was not written whole is left out."""
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; what was not written whole is left out."""
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):  # a kill cut it off, perhaps within a character
             if isinstance(row := json.loads(line), dict):
-                yield line, row
-
-
-def keep_rows(path: Path, key: str, most: int) -> None:
-    """Drops the rows of what a resumed run does again: those whose key is above a value."""
-    if path.exists():
-        kept = [line + b"\n" for line, row in json_lines(path) if row.get(key, most + 1) <= most]
-        write_text(path, b"".join(kept).decode("utf-8"))
+                yield row
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a file of JSON lines anew."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -673,13 +624,17 @@ def write_text(path: Path, text: str) -> None:
 def flush(path: Path) -> None:
     """Has a file's content, or a folder's entries, written to the disk itself."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 # -------------------------------------------------------------------------------------- the ranks
+
+
+def say(message: str) -> None:
+    """A line on stderr, of the first rank alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, file=sys.stderr)
 
 
 def outline(folder: Path) -> Transformer:
@@ -697,41 +652,27 @@ def local(value: Tensor) -> Tensor:
 
 
 class Ranks:
-    """The processes of the run, and the only place that knows how many there are."""
+    """The processes of the run; nothing else knows how many there are."""
 
     def __init__(self) -> None:
         self.asked_to_stop = False  # by SIGTERM or SIGINT
         self.rank = int(os.environ.get("RANK", 0))
+        self.first = self.rank == 0  # this process writes and prints
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:  # a lost rank is missed after half an hour, but where one works alone
-            dist.init_process_group(
-                "nccl" if cuda else "gloo",
-                timeout=datetime.timedelta(minutes=30),
-                device_id=self.device if cuda else None,
-            )
+            minutes, device = datetime.timedelta(minutes=30), self.device if cuda else None
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=minutes, device_id=device)
             self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
             self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
 
-    @property
-    def first(self) -> bool:
-        """Whether this process writes and prints."""
-        return self.rank == 0
-
-    def warn(self, message: str) -> None:
-        """A line on stderr, once."""
-        if self.first:
-            print(f"warning: {message}", file=sys.stderr)
-
     def build(self, folder: Path, c: Config, role: str) -> Transformer:
-        """Loads the policy, the EMA or the reference, each rank its shard of it. They are fp32, but
-        for the reference's matrices: those are held as they would be rounded for each product.
-
-        The order is checkpointing, compilation, sharding, and only then memory and weights.
-        """
+        """Loads the policy, the EMA or the reference, each rank its shard, in fp32, but the
+        reference's matrices as they would be rounded for each product. The order is checkpointing,
+        compilation, sharding, and only then memory and weights."""
         model = outline(folder)
         model.compute_dtype = torch.bfloat16 if c.precision == "bf16" else None
         model.checkpointing = c.activation_checkpointing
@@ -810,9 +751,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def decoder(self, model: Transformer) -> Iterator[Transformer]:
-        """The model for decoding, in whose shapes nothing is compiled: in its compute type, with
-        all weights at hand, since ranks stop at different times and must not wait for each other.
-        """
+        """The model for decoding, where nothing is compiled: in its compute type, and with all
+        weights at hand, as ranks stop at different times and must not wait for each other."""
         dtype = model.compute_dtype or model.dtype
         if self.world > 1 or dtype != model.dtype or self.device != model.device:
             weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -823,33 +763,28 @@ class Ranks:
         with torch.compiler.set_stance("force_eager"):
             yield model
 
-    def join(self, answers: list[Answer], count: int) -> list[Answer]:
-        """All answers on every rank, of which this one has every world-th. No pickle: padded
-        integers."""
+    def join(self, answers: list[Answer], asked: Sequence[Request]) -> list[Answer]:
+        """All answers on every rank, of which this one has every world-th. No pickle: a table of
+        lengths, log-probs and padded tokens."""
         if self.world == 1:
             return answers
-        mine = range(self.rank, count, self.world)
-        sizes = torch.zeros(count, 2, dtype=torch.float64, device=self.device)
-        for i, (tokens, logp) in zip(mine, answers, strict=True):
-            sizes[i, 0], sizes[i, 1] = len(tokens), logp
-        most = int(self.sum(sizes)[:, 0].max()) if count else 0
-        table = torch.zeros(count, most, dtype=torch.int64, device=self.device)
-        for i, (tokens, _) in zip(mine, answers, strict=True):
-            table[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        rows = zip(self.sum(table).tolist(), sizes.tolist(), strict=True)
-        return [(row[: int(size)], logp) for row, (size, logp) in rows]
+        most = max((budget for _, budget, _ in asked), default=0)
+        table = torch.zeros(len(asked), 2 + most, dtype=torch.float64)
+        for i, (tokens, logp) in enumerate(answers):
+            row = torch.tensor([len(tokens), logp, *tokens], dtype=torch.float64)
+            table[self.rank + i * self.world, : len(row)] = row
+        rows = self.sum(table.to(self.device)).tolist()
+        return [([*map(int, row[2 : 2 + int(row[0])])], row[1]) for row in rows]
 
 
 # -------------------------------------------------------------------------------------- the flags
+# In these classes the string under a field is its help. [code] is the official SAPO code, [spin]
+# that of SPIN, [ours] our own choice.
 
 
 @dataclass
 class RunFlags:
-    """The run.
-
-    In all of these classes the string under a field is its help. [code] is the official SAPO code,
-    [spin] that of SPIN, [ours] our own choice.
-    """
+    """The run, its model and its data."""
 
     method: Literal["sft", "dpo", "orpo", "spin", "sapo", "sgpo"] = "sapo"
     "where the pairs come from"
@@ -864,8 +799,7 @@ class RunFlags:
     steps: Count | None = None
     "optimizer steps; sgpo: of phase 2, in each round; default: as --epochs says"
     epochs: Positive = 4.0  # [code]; sft, orpo: 3
-    "passes over the training rows; spin: over the pairs of each iteration; sgpo: over the prompts \
-of phase 2, in each round; --method sft or orpo alone makes it 3"
+    "passes over the rows; spin: an iteration's pairs; sgpo: a round's prompts; sft, orpo: 3"
     save_every: Whole = 0
     "steps between checkpoints; 0: none, but for the one that SIGTERM or SIGINT makes"
     keep: Whole = 0
@@ -880,12 +814,6 @@ of phase 2, in each round; --method sft or orpo alone makes it 3"
     "a .safetensors file to record the first steps in: pairs, draws, log-probs, losses, norms"
     trace_steps: Annotated[int, 1, 10**6] = 10  # [ours]
     "how many steps --trace records"
-
-
-@dataclass
-class DataFlags:
-    """Model and data."""
-
     model: str | None = None
     "a Hugging Face folder to start from; default: a tiny model, pre-trained there and then"
     data: list[str] | None = None
@@ -904,7 +832,7 @@ class DataFlags:
 
 @dataclass
 class Optimization:
-    """Loss and optimization."""
+    """Loss, optimization, precision and memory."""
 
     loss: Literal["dpo", "ipo", "hinge", "orpo"] | None = None  # [code] has dpo and orpo
     "the loss on the pairs; default: dpo, and orpo for --method orpo"
@@ -913,10 +841,9 @@ class Optimization:
     micro_batch_size: Count = 4  # [ours]
     "pairs per forward pass and rank; it bounds memory and changes nothing else"
     lr: list[Positive] = field(default_factory=lambda: [5e-7])  # [code]; sft 2e-5, orpo 5e-6
-    "peak learning rate; spin, sgpo: or one a round, the last for all that remain; default: 5e-7, \
-for --method sft 2e-5, orpo 5e-6"
+    "peak learning rate; spin, sgpo: or one a round; default: 5e-7, --method sft 2e-5, orpo 5e-6"
     beta: list[Positive] = field(default_factory=lambda: [0.1])  # [code]
-    "how strongly the reference holds the policy; spin, sgpo: or one a round; default: 0.1"
+    "how strongly the reference holds the policy; or one a round, the last for all that remain"
     optimizer: Literal["rmsprop", "adamw"] = "rmsprop"  # [code]
     "the optimizer; --method sft or orpo alone makes it adamw"
     adam_beta2: Annotated[float, 0.0, 1 - 1e-9] = 0.999  # torch's default
@@ -924,8 +851,7 @@ for --method sft 2e-5, orpo 5e-6"
     weight_decay: Share = 0.0  # [ours]
     "decoupled for AdamW, added to the gradient for RMSprop, as torch has it"
     schedule: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"  # [code]
-    "of the learning rate, after the warm-up. Step 1 has a rate above 0, and so has the last step; \
---method sft alone makes it cosine, orpo inverse_sqrt"
+    "of the rate after the warm-up, above 0 at each step; sft: cosine, orpo: inverse_sqrt"
     warmup: Annotated[float, 0.0, 1e9] = 0.1  # [code]; orpo: 100
     "below 1 a share of the steps, otherwise a number of steps; --method orpo alone makes it 100"
     max_grad_norm: Weight = 1.0  # [ours]; 0 is off
@@ -938,6 +864,12 @@ for --method sft 2e-5, orpo 5e-6"
     "weight of an added NLL term on the chosen side, per response token"
     orpo_lambda: Weight = 0.05  # [code]
     "weight of ORPO's odds-ratio term"
+    precision: Literal["fp32", "medium", "bf16"] = "fp32"  # [ours]; [code] has bf16
+    "of the computation; weights and optimizer are fp32; medium: fp32, but faster matmuls of bf16"
+    activation_checkpointing: bool = False
+    "recompute each block in the backward pass, to save memory"
+    compile: bool = False
+    "compile each block with torch.compile; the first steps then take a minute or more"
 
     @property
     def nll(self) -> float:
@@ -946,29 +878,15 @@ for --method sft 2e-5, orpo 5e-6"
 
 
 @dataclass
-class Hardware:
-    """Precision and memory."""
-
-    precision: Literal["fp32", "medium", "bf16"] = "fp32"  # [ours]; [code] has bf16
-    "of the computation; weights, gradients, optimizer, EMA are fp32. medium: faster fp32 matmuls \
-where the processor has units for them, which may round their inputs to bf16"
-    activation_checkpointing: bool = False
-    "recompute each block in the backward pass, to save memory"
-    compile: bool = False
-    "compile each block with torch.compile; the first steps then take a minute or more"
-
-
-@dataclass
-class Config(sgpo.Settings, sapo.Settings, Hardware, Optimization, DataFlags, RunFlags):
+class Config(sgpo.Settings, sapo.Settings, Optimization, RunFlags):
     """Every flag: what a run reads whatever its method, and the methods' own."""
 
 
 TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
     "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": [1e-4], "max_length": 128,
-    "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.1,
+    "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.1, "max_new_tokens": 40,
     "segment_length": "8", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
     "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256,
-    "max_new_tokens": 40,
 }  # fmt: skip
 TASKS_SGPO = TASKS | {
     "method": "sgpo", "lr": [3e-6], "improver_lr": 1e-4, "improver_epochs": 4.0,
@@ -981,10 +899,8 @@ RECIPES |= {f"tasks-{name}": TASKS | change for name, change in sapo.ABLATIONS.i
 OWN: dict[str, dict[str, Any]] = {  # a method's own defaults
     "spin": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "rounds": 4},  # [spin]
     "sft": {"lr": [2e-5], "optimizer": "adamw", "schedule": "cosine", "epochs": 3.0},  # [code]
-    "orpo": {  # the recipe's
-        "lr": [5e-6], "optimizer": "adamw", "schedule": "inverse_sqrt", "warmup": 100.0,
-        "epochs": 3.0,
-    },
+    "orpo": {"lr": [5e-6], "optimizer": "adamw", "schedule": "inverse_sqrt", "warmup": 100.0,
+             "epochs": 3.0},  # the recipe's
 }  # fmt: skip
 MAY_CHANGE = {"resume", "out", "steps", "epochs", "log_every", "save_every", "show_every"}
 MAY_CHANGE |= {"trace", "trace_steps", "keep"}
@@ -992,15 +908,13 @@ MAY_CHANGE |= {"trace", "trace_steps", "keep"}
 
 def parse_args(argv: Sequence[str]) -> Config:
     """Flags -> Config: defaults, then the recipe's values, then what was given explicitly."""
-    listing = [
-        f"  {name}\n    " + " ".join(f"{key}={value}" for key, value in values.items())
-        for name, values in RECIPES.items()
-    ]
+    told = ["recipes (`tasks`, or `tasks-sgpo`, is in force where no --data is given):"]
+    for name, values in RECIPES.items():
+        told.append(f"  {name}\n    {' '.join(f'{key}={value}' for key, value in values.items())}")
     parser = sample.Parser(
         prog="train.py",
         description=(__doc__ or "").split("\n")[0],
-        epilog="recipes (`tasks`, or `tasks-sgpo`, is in force where no --data is given):\n"
-        + "\n".join(listing),
+        epilog="\n".join(told),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -1027,20 +941,17 @@ def parse_args(argv: Sequence[str]) -> Config:
     if c.loss == "orpo" and "beta" in given:
         raise InputError("--beta is not read by ORPO; the weight of its term is --orpo-lambda")
     for name in unread(c, given):
-        if int(os.environ.get("RANK", 0)) == 0:
-            told = f"warning: --{name.replace('_', '-')} is not read by such a run"
-            print(told, file=sys.stderr)
+        say(f"warning: --{name.replace('_', '-')} is not read by such a run")
     return c
 
 
 def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
     """The flags that were given, and that neither the method nor its loss or optimizer reads."""
-    kinds = [kind for _, kind in SOURCES.values()]
-    theirs = {k: {f.name for f in dataclasses.fields(k)} if k else set[str]() for k in kinds}
+    kinds = [k for k in (RunFlags, Optimization, SOURCES[c.method][1]) if k is not None]
+    read = {f.name for kind in kinds for f in dataclasses.fields(kind)}
     asking = "target_model target_workers target_instruction "
     phase_1 = asking + "target_source improver_epochs improver_lr improver_mix fence_k fence_given"
     idle = {
-        " ".join(set().union(*theirs.values()) - theirs[SOURCES[c.method][1]]): True,
         "beta": c.loss is None,
         "orpo_lambda": c.loss != "orpo",
         "label_smoothing": c.loss != "dpo",
@@ -1049,11 +960,11 @@ def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
         "adam_beta2": c.optimizer != "adamw",
         "top_k top_p": not c.temperature and not c.improve_temperature,
         "trace_steps": c.trace is None,
-        asking: not is_url(c),
+        asking: target_server(c) is None,
         f"{phase_1} model": c.improver is not None,
     }
     names = {name for some, applies in idle.items() if applies for name in some.split()}
-    return [name for name in given if name in names]
+    return [name for name in given if name not in read or name in names]
 
 
 def check(c: Config) -> Config:
@@ -1064,8 +975,7 @@ def check(c: Config) -> Config:
     if c.method == "sgpo":
         c.model = c.improver or c.model
         c.target_source = c.target_source or ("tasks" if c.data is None else "gold")
-        if is_url(c):
-            target_server(c)
+    server = target_server(c)
     sapo_buffer = c.replay_capacity if c.method == "sapo" else c.batch_size
     segment = int(c.segment_length) if c.segment_length.isdecimal() else 0
     asked = {"improver": c.improver_instruction, "target": c.target_instruction}
@@ -1075,23 +985,17 @@ def check(c: Config) -> Config:
         (c.segment_length != "full" and not 0 < segment < 10**9,
          f"--segment-length is {c.segment_length!r}, not a number of tokens or 'full'"),
         (c.max_prompt_length > c.max_length,
-         f"--max-prompt-length {c.max_prompt_length} leaves no room for a response within "
-         f"--max-length {c.max_length}"),
+         f"--max-prompt-length {c.max_prompt_length}: no room in --max-length {c.max_length}"),
         (c.method == "sft" and c.loss, f"--loss {c.loss} needs pairs, and --method sft has none"),
         (c.method == "orpo" and c.loss != "orpo",
          f"--method orpo with --loss {c.loss}: that is --method dpo"),
         (not sapo_buffer and max(c.sample_every, c.responses_per_prompt) > 1,
-         "--sample-every and --responses-per-prompt above 1 need a replay buffer, and "
-         "--replay-capacity is 0"),
+         "--sample-every and --responses-per-prompt above 1 need a --replay-capacity above 0"),
         (0 < sapo_buffer < c.batch_size,
-         f"--replay-capacity {c.replay_capacity} is below --batch-size {c.batch_size}: pairs would "
-         "be dropped unseen"),
-        (c.chat_template and not c.model,
-         "--chat-template is for --model: the built-in start has its own"),
-        (c.trace is not None and c.resume,
-         "--trace records a run from its first step: not with --resume"),
-        (c.method == "sgpo" and is_url(c) and not c.target_model,
-         "--target-source is a URL: --target-model must say which model to ask"),
+         f"--replay-capacity {c.replay_capacity} is below --batch-size {c.batch_size}: too few"),
+        (c.chat_template and not c.model, "--chat-template is for --model, which is not given"),
+        (c.trace and c.resume, "--trace records a run from its first step: not with --resume"),
+        (server and not c.target_model, "a --target-source that is a URL needs --target-model too"),
         (c.method == "sgpo" and c.target_source == "tasks" and c.data is not None,
          "--target-source tasks mends the built-in tasks, and --data is given"),
         (c.keep_identical and c.loss != "orpo" and not c.nll_weight,
@@ -1106,16 +1010,12 @@ def check(c: Config) -> Config:
     return c
 
 
-def is_url(c: Config) -> bool:
-    """Whether the targets are asked from a server."""
-    return (c.target_source or "").startswith(("http://", "https://"))
-
-
-def target_server(c: Config) -> data.TargetServer:
-    """The server of --target-source. Raises InputError for a URL or a key that cannot be right."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip() or None
-    url = (c.target_source or "").rstrip("/")
-    return data.TargetServer(url, c.target_model or "", key, c.target_workers)
+def target_server(c: Config) -> data.TargetServer | None:
+    """The server of --target-source, where that is a URL. InputError for a wrong one or its key."""
+    url, key = (c.target_source or "").rstrip("/"), os.environ.get("OPENAI_API_KEY", "").strip()
+    if c.method != "sgpo" or not url.startswith(("http://", "https://")):
+        return None
+    return data.TargetServer(url, c.target_model or "", key or None, c.target_workers)
 
 
 # ---------------------------------------------------------------------------------- the whole run
@@ -1146,7 +1046,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        say(str(stopped))
         return 143
     finally:
         for number, handler in before:
@@ -1166,41 +1066,40 @@ def run(c: Config, ranks: Ranks) -> None:
         return
     saved = lm.read_json(out / "args.json") if c.resume and (out / "args.json").is_file() else {}
     c.date = c.date or saved.get("date", datetime.datetime.now().isoformat(timespec="seconds"))
-    tokenizer = load_tokenizer(c)
-    start = Path(c.model) if c.model else out / "start"
+    date = datetime.datetime.fromisoformat(c.date or "")
+    with tempfile.TemporaryDirectory() as folder:
+        data.write_task_tokenizer(folder)
+        tokenizer = data.load_tokenizer(c.model or folder, c.chat_template, date)
+    source, start = SOURCES[c.method][0], Path(c.model) if c.model else out / "start"
     if c.model:
         sample.check_vocabulary(tokenizer, outline(start), start)
-    rows, asks, eval_rows, counts = read_rows(c, tokenizer)
-    source = SOURCES[c.method][0]
+    read, counts = read_rows(c, tokenizer)
+    rows = read.get("prompts") or [row for _, row in read["--data"]]
     steps = source.schedule(len(rows), c)[-1]
     told = f"method {c.method}, loss {c.loss or 'nll'}, model {c.model or 'built-in'}, "
     told += f"{len(rows)} rows, {steps} steps, rate {' '.join(map(str, c.lr))}, {c.optimizer}, "
     if ranks.first:
         print(told + c.precision, *counts, sep="\n", flush=True)
     trace = Trace(c) if c.trace is not None else None
-    claim(c, ranks, saved, inputs(c, tokenizer, rows, asks, eval_rows))
+    claim(c, ranks, saved, read)
     if not c.model and not start.exists():
         pretrain(c, start, tokenizer, ranks)
     files = Files(ranks, tokenizer, out / "metrics.jsonl", out / "final", c.method)
-    files.checkpoints, files.eval_rows, files.trace = out / "checkpoints", eval_rows, trace
-    journal = Journal(out / ".generated.jsonl", ranks, 8 * c.generate_batch_size * ranks.world)
+    files.eval_rows = [row for _, row in read["--eval-data"]]
+    files.checkpoints, files.trace, files.on_tasks = out / "checkpoints", trace, on_tasks
     models = {"start": start, "sft control": out / "control", "improver": out / "improver"}
-    if on_tasks:
-        files.test = functools.partial(task_test, tokenizer=tokenizer, seed=c.seed)
     if c.method == "sgpo":
         text = json.dumps({"instruction": c.improver_instruction}, indent=2)
         files.beside = {sample.IMPROVER_FILE: text}
         if c.improver is None:
-            files.before = train_improver(c, start, asks, files, journal)
-            start = models["improver"]
+            files.before, start = train_improver(c, start, read, files), models["improver"]
     if on_tasks and c.method != "sft" and not models["sft control"].exists():
         control(c, models["start"], files, files.before + steps)
-    roles = {*source.roles, *(["reference"] if sapo.compares(c) else [])}
+    roles = sorted({*source.roles, *(["reference"] if sapo.compares(c) else [])})  # on all ranks
     learner = Learner(c, start, tokenizer, ranks, *roles)
-    learner.journal = journal
     fit(c, learner, source(rows, learner), files)
     if ranks.first:
-        journal.path.unlink(missing_ok=True)
+        (out / ".generated.jsonl").unlink(missing_ok=True)
         if on_tasks:
             models = {name: folder for name, folder in models.items() if folder.exists()}
             sample.print_accuracies(models | {c.method: files.final}, tokenizer, c.seed)
@@ -1208,101 +1107,57 @@ def run(c: Config, ranks: Ranks) -> None:
         print(f"the trained model is in {files.final}")
 
 
-def load_tokenizer(c: Config) -> data.Tokenizer:
-    """The start's tokenizer, or the built-in one."""
-    if c.model is not None:
-        date = datetime.datetime.fromisoformat(c.date or "")
-        return data.load_tokenizer(c.model, c.chat_template, date)
-    with tempfile.TemporaryDirectory() as folder:
-        data.write_task_tokenizer(folder)
-        return data.load_tokenizer(folder)
+def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]], list[str]]:
+    """What a run reads: rows by their flag, as text and as tokens, and what else a resumed one must
+    find as it was; and lines on what was dropped and cut. Raises InputError for what could not be
+    used later, when targets have been paid for."""
+    read: dict[str, list[Any]] = {"tokenizer or chat template": [tokenizer.digest()]}
+    paired, told = SOURCES[c.method][0] is Source, list[str]()  # it takes the rows' rejected sides
 
-
-def read_rows(
-    c: Config, tokenizer: data.Tokenizer
-) -> tuple[list[Any], list[sgpo.Ask], list[Pair], list[str]]:
-    """What the source takes, SGPO's rows for phase 1, held-out rows, and lines on what was dropped
-    and cut. Raises InputError for what could not be used later, when targets have been paid for."""
-    told: list[str] = []
-
-    def read(paths: list[str] | None, n: int = 128, **how: Any) -> list[sgpo.Ask]:
-        found = (
-            data.load_examples(paths, **how) if paths else data.task_examples("clean", n, c.seed)
-        )
+    def rows(paths: list[str] | None, n: int = 128, **how: Any) -> list[sgpo.Ask]:
+        tasks = [] if paths else data.task_examples("clean", n, c.seed)
+        found = data.load_examples(paths, **how) if paths else tasks
         limits = (c.max_length, c.max_prompt_length or 0)
-        examples, rows, counts = data.encode_examples(found, tokenizer, *limits)
+        examples, pairs, counts = data.encode_examples(found, tokenizer, *limits)
         told.append(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
-        return [*zip(examples, rows, strict=True)]
+        return [*zip(examples, pairs, strict=True)]
 
-    def read_asks(paths: list[str] | None, n: int) -> list[sgpo.Ask]:
-        both = read(paths, n, prompts=True)
-        asks = [(one, row if one.response else row._replace(chosen=[])) for one, row in both]
-        kept = sgpo.leave_room(asks, tokenizer, c)
-        told.append(f"{len(kept)} prompts, {len(asks) - len(kept)} too long to be improved on")
+    def asks(paths: list[str] | None, n: int) -> list[sgpo.Ask]:
+        both = rows(paths, n, prompts=True)
+        found = [(one, row if one.response else row._replace(chosen=[])) for one, row in both]
+        kept = sgpo.leave_room(found, tokenizer, c)
+        told.append(f"{len(kept)} prompts, {len(found) - len(kept)} too long to be improved on")
         return kept
 
-    paired = SOURCES[c.method][0] is Source  # it takes the rows' own rejected sides
-    held_out = read(c.eval_data, rejected=paired or None) if c.eval_data else []
-    eval_rows = [row for _, row in held_out]
+    read["--eval-data"] = rows(c.eval_data, rejected=paired or None) if c.eval_data else []
     if c.method != "sgpo":
-        return [row for _, row in read(c.data, rejected=paired)], [], eval_rows, told
-    asks = [] if c.improver else read_asks(c.data, 128)
-    if asks and c.target_source == "gold" and not any(row.chosen for _, row in asks):
-        raise InputError("--target-source gold, and no row of --data has a response")
-    if asks and has_file(c):
-        data.load_targets(c.target_source or "")
-    return read_asks(c.preference_data or c.data, 1024), asks, eval_rows, told
-
-
-def task_test(model: Transformer, tokenizer: data.Tokenizer, seed: int) -> dict[str, float]:
-    """Greedy accuracy on the built-in tasks' validation prompts."""
-    shares = sample.task_accuracy(model, tokenizer, seed, 0.0, "validation")
-    return {f"eval/accuracy/{kind}": share for kind, share in shares.items()}
-
-
-def inputs(
-    c: Config,
-    tokenizer: data.Tokenizer,
-    rows: Sequence[Any],
-    asks: Sequence[sgpo.Ask],
-    eval_rows: Sequence[Pair],
-) -> dict[str, str]:
-    """Digests of what a run reads, by its name: a resumed one must read the same."""
-
-    def of(parts: Iterable[bytes]) -> str:
-        seen = hashlib.blake2b(digest_size=16)
-        for part in parts:
-            seen.update(part)
-        return seen.hexdigest()
-
-    def tokens(pairs: Iterable[Pair]) -> str:
-        sides = (side for pair in pairs for side in pair[:3])
-        return of(array("q", [len(side), *side]).tobytes() for side in sides)
-
-    found = {"tokenizer or chat template": tokenizer.digest(), "--eval-data": tokens(eval_rows)}
+        read["--data"] = rows(c.data, rejected=paired)
+    elif c.improver is None:
+        read["--data"] = asks(c.data, 128)
+        if c.target_source == "gold" and not any(row.chosen for _, row in read["--data"]):
+            raise InputError("--target-source gold, and no row of --data has a response")
+        if c.target_source not in ("gold", "tasks") and target_server(c) is None:
+            read["--target-source"] = data.load_targets(c.target_source or "")
     if c.method == "sgpo":
-        found |= {"--data": tokens(row for _, row in asks), "prompts": tokens(r for _, r in rows)}
-    else:
-        found["--data"] = tokens(rows)
+        read["prompts"] = asks(c.preference_data or c.data, 1024)
     if c.model:  # a file's beginning says of each tensor the name, type, shape and place
         files = sorted(Path(c.model).glob("*.safetensors"))
-        sizes = [f"{file.name} {file.stat().st_size}".encode() for file in files]
-        heads = [file.open("rb").read(2**20) for file in files]
-        config = (Path(c.model) / "config.json").read_bytes()
-        found["weights in --model"] = of([config, *sizes, *heads])
-    if has_file(c):
-        found["--target-source"] = of([Path(c.target_source or "").read_bytes()])
-    return found
+        heads = [(file.name, file.stat().st_size, file.open("rb").read(2**20)) for file in files]
+        read["weights in --model"] = [(Path(c.model) / "config.json").read_bytes(), *heads]
+    return read, told
 
 
-def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], found: Mapping[str, str]) -> None:
+def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, list[Any]]) -> None:
     """Takes --out for this run, or on resume checks that the run in it was started alike."""
     out, now = Path(c.out), dataclasses.asdict(c)
-    made = "start control metrics.jsonl final checkpoints improver improver_targets.jsonl"
+    found = {name: functools.reduce(hash_seed, rows, 0) for name, rows in read.items()}
+    own = (
+        "start control metrics.jsonl final checkpoints improver improver_targets.jsonl pairs.jsonl"
+    )
     for path in out.iterdir() if out.is_dir() else ():
         if path.is_symlink():
             raise InputError(f"--out {out} holds a symbolic link, {path.name}: take another folder")
-    taken = [name for name in [*made.split(), "pairs.jsonl"] if (out / name).exists()]
+    taken = [name for name in own.split() if (out / name).exists()]
     if taken and not c.resume:
         raise InputError(f"--out {out} holds {taken[0]} of another run: --resume or another folder")
     if taken and not saved:
@@ -1311,31 +1166,26 @@ def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], found: Mapping[str,
     if other:
         told = ", ".join(f"--{k.replace('_', '-')} was {saved.get(k)}" for k in other)
         raise InputError(f"--resume with other flags than {out} was started with: {told}")
-    before = saved.get("inputs", found)
-    for name in [name for name in found if before.get(name) != found[name]]:
+    for name in [name for name in found if saved.get("inputs", found).get(name) != found[name]]:
         raise InputError(f"--resume with another {name} than {out} was started with")
     for name in [name for name in ("steps", "epochs") if saved and saved[name] != now[name]]:
-        ranks.warn(f"--{name} was {saved[name]} and is {now[name]}: the schedule bends")
+        say(f"warning: --{name} was {saved[name]} and is {now[name]}: the schedule bends")
 
     def write() -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / "args.json", json.dumps(now | {"inputs": found}, indent=2) + "\n")
         except OSError as error:
-            problem = error.strerror or "not writable"
-            raise InputError(f"--out {out} cannot be written: {problem}") from None
+            raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
 
     ranks.only_first(write)
 
 
-# ------------------------------------------------------------------- runs beside the method's own
-
 START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
     "steps": 1800, "batch_size": 32, "micro_batch_size": 32,
     "lr": [4e-3], "optimizer": "adamw", "adam_beta2": 0.98, "warmup": 80.0, "schedule": "linear",
-    "weight_decay": 0.0, "max_grad_norm": 1.0, "log_every": 50,
-    "save_every": 0, "eval_every": 0, "show_every": 0, "save_dtype": "fp32", "max_length": 128,
-    "max_prompt_length": None, "precision": "fp32",
+    "weight_decay": 0.0, "max_grad_norm": 1.0, "log_every": 50, "eval_every": 0,
+    "save_dtype": "fp32", "max_length": 128, "max_prompt_length": 128, "precision": "fp32",
 }  # fmt: skip
 REWRITE_SHARE = 0.2  # of the start's rows: a draft to be answered with another draft
 START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in place of 65%
@@ -1346,24 +1196,19 @@ START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in
 }  # fmt: skip
 
 
-def sft_config(c: Config, **changes: Any) -> Config:
-    """The settings of an SFT run beside this one."""
-    alone = {"method": "sft", "loss": None, "nll_weight": 0.0, "label_smoothing": 0.0}
-    return dataclasses.replace(c, **alone | {"length_normalize": False} | changes)
-
-
-def sft(learner: Learner, rows: Sequence[Pair], files: Files) -> None:
-    """Fine-tunes on rows: so the start, the control and the improver are made."""
-    fit(learner.config, learner, sapo.SFT(rows, learner), files)
+def sft(c: Config, start: Path, examples: list[data.Example], files: Files, **how: Any) -> None:
+    """Fine-tunes on built-in rows, as the start and the control are made, with other settings."""
+    alone = dataclasses.replace(c, method="sft", loss=None, **how)
+    limits = (alone.max_length, alone.max_prompt_length or 0)
+    _, rows, _ = data.encode_examples(examples, files.tokenizer, *limits)
+    learner = Learner(alone, start, files.tokenizer, files.ranks)
+    fit(alone, learner, sapo.SFT(rows, learner), files)
 
 
 def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:
-    """Makes the built-in start: random weights, then SFT on answers of mixed quality.
-
-    REWRITE_SHARE of the rows ask for a draft to be rewritten, which SGPO's improver builds on.
-    """
-    alone = sft_config(c, resume=False, **START)
-    blank, metrics = start.with_name(".blank"), start.with_suffix(".jsonl")
+    """Makes the built-in start: random weights, then SFT on answers of mixed quality, and on drafts
+    that are to be rewritten, which SGPO's improver builds on."""
+    blank = start.with_name(".blank")
     if ranks.first:
         print("pre-training the built-in start", flush=True)
         shutil.rmtree(blank, ignore_errors=True)
@@ -1372,105 +1217,78 @@ def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) ->
         fresh.init_weights(c.seed)
         fresh.save_pretrained(blank)
         tokenizer.save(blank)
-        metrics.unlink(missing_ok=True)
     ranks.barrier()
     count = START["steps"] * START["batch_size"]
     examples = data.task_examples("pretrain", count, c.seed, REWRITE_SHARE)
-    _, rows, _ = data.encode_examples(examples, tokenizer, alone.max_length, alone.max_length)
-    sft(
-        Learner(alone, blank, tokenizer, ranks),
-        rows,
-        Files(ranks, tokenizer, metrics, start, "sft"),
-    )
+    files = Files(ranks, tokenizer, start.with_suffix(".jsonl"), start, "sft")
+    sft(c, blank, examples, files, **START)
     if ranks.first:
         shutil.rmtree(blank)
 
 
 def control(c: Config, start: Path, files: Files, steps: int) -> None:
     """OUT/control: SFT on the clean set, for as many steps as the method takes in all phases."""
-    rate = [c.improver_lr] if c.method == "sgpo" else c.lr
-    alone = sft_config(c, resume=False, save_every=0, steps=steps, lr=rate)
     metrics, final = files.metrics.with_name("control.jsonl"), files.final.with_name("control")
-    beside = Files(files.ranks, files.tokenizer, metrics, final, "sft", test=files.test)
-    beside.eval_rows = files.eval_rows
-    if files.ranks.first:
-        metrics.unlink(missing_ok=True)
-    limits = (c.max_length, c.max_prompt_length or 0)
-    _, rows, _ = data.encode_examples(
-        data.task_examples("clean", 128, c.seed), files.tokenizer, *limits
-    )
-    sft(Learner(alone, start, files.tokenizer, files.ranks), rows, beside)
+    beside = Files(files.ranks, files.tokenizer, metrics, final, "sft")
+    beside.eval_rows, beside.on_tasks = files.eval_rows, files.on_tasks
+    rate = [c.improver_lr] if c.method == "sgpo" else c.lr
+    sft(c, start, data.task_examples("clean", 128, c.seed), beside, steps=steps, lr=rate)
 
 
-def train_improver(
-    c: Config, start: Path, asks: list[sgpo.Ask], files: Files, journal: Journal
-) -> int:
+def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files: Files) -> int:
     """SGPO's first phase, OUT/improver: the start, fine-tuned to improve its own answers. Returns
     the steps it took."""
     folder, note = files.final.with_name("improver"), files.final.with_name("improver_filter.json")
     if folder.exists():
         return int(lm.read_json(note)["steps"])
-    alone = sft_config(c, lr=[c.improver_lr], epochs=c.improver_epochs, steps=None)
+    alone = dataclasses.replace(c, method="sft", loss=None, lr=[c.improver_lr], steps=None)
+    alone.epochs = c.improver_epochs
     learner = Learner(alone, start, files.tokenizer, files.ranks)
-    learner.journal = journal
-    targets = obtain_targets(c, asks, learner, files.final.with_name("improver_targets.jsonl"))
-    rows, report = sgpo.improver_rows(targets, asks, learner)
-    steps = sapo.steps_for(len(rows), alone)
+    targets = read.get("--target-source") or obtain_targets(c, read["--data"], learner)
+    rows, report = sgpo.improver_rows(targets, read["--data"], learner)
+    source = sapo.SFT(rows, learner)
     if files.ranks.first:
         told = f"{report['targets']} targets, and {report['too_long']} too long; "
         print(f"{told}{report['dropped']} beyond the fence, {report['fence']}", flush=True)
-        write_text(note, json.dumps({"steps": steps} | report, indent=1) + "\n")
-    phase = dataclasses.replace(files, final=folder, phase="improver", test=None, eval_rows=[])
-    sft(learner, rows, phase)
-    return steps
+        write_text(note, json.dumps({"steps": source.bounds[-1]} | report, indent=1) + "\n")
+    phase = dataclasses.replace(files, final=folder, phase="improver", on_tasks=False, eval_rows=())
+    fit(alone, learner, source, phase)
+    return source.bounds[-1]
 
 
-def has_file(c: Config) -> bool:
-    """Whether SGPO's targets are a file of the user's."""
-    return c.method == "sgpo" and c.target_source not in ("gold", "tasks") and not is_url(c)
-
-
-def obtain_targets(
-    c: Config, asks: Sequence[sgpo.Ask], learner: Learner, path: Path
-) -> list[data.Target]:
+def obtain_targets(c: Config, asks: list[sgpo.Ask], learner: Learner) -> list[data.Target]:
     """What phase 1 learns from. OUT/improver_targets.jsonl has a row for each draft, written as
     soon as it is known, and what is in the file is not asked for again."""
-    if has_file(c):
-        return data.load_targets(c.target_source or "")
+    path = Path(c.out) / "improver_targets.jsonl"
     drafts = [ask for ask in asks for _ in range(c.responses_per_prompt)]
-    asked = [sgpo.as_prompt(example.messages) for example, _ in drafts]
+    prompts = [sgpo.as_prompt(example.messages) for example, _ in drafts]
     known: dict[int, dict[str, Any]] = {}
-    for number, (_, row) in enumerate(json_lines(path), 1):
-        i, texts = row.get("index"), [row.get("response"), row.get("improved", 0) or ""]
+    for number, row in enumerate(json_lines(path), 1):
+        i, texts = row.get("index"), (row.get("response"), row.get("improved") or "")
         if type(i) is not int or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: row {number} is no target of a run; remove it")
-        if 0 <= i < len(drafts) and row.get("prompt") == asked[i]:
+        if 0 <= i < len(drafts) and row.get("prompt") == prompts[i]:
             known[i] = row
     missing = [i for i in range(len(drafts)) if i not in known]
-    keys = [hash_seed(c.seed, "draft", i) for i in missing]
-    wanted = [sapo.request(drafts[i][1].prompt, c, k) for i, k in zip(missing, keys, strict=True)]
-    new = learner.generate(learner.policy, wanted, keep=True)
-    texts = [learner.tokenizer.response_text(tokens) for tokens, _ in new]
-    answers = dict(zip(missing, texts, strict=True))
-
-    def write() -> None:
-        rows = (json.dumps(known[i], ensure_ascii=False) + "\n" for i in sorted(known))
-        write_text(path, "".join(rows))
+    asked = [sapo.request(drafts[i][1].prompt, c, hash_seed(c.seed, "draft", i)) for i in missing]
+    new = learner.generate(learner.policy, asked, keep=True)
+    read = learner.tokenizer.response_text
+    answers = {i: read(tokens) for i, (tokens, _) in zip(missing, new, strict=True)}
 
     def gather() -> None:
-        write()
         began = told = time.perf_counter()
-        server = target_server(c) if is_url(c) else None
+        server = target_server(c)
+        write_rows(path, (known[i] for i in sorted(known)))
         for done, (i, better, why) in enumerate(sgpo.improvements(c, drafts, answers, server), 1):
-            known[i] = {"index": i, "prompt": asked[i], "response": answers[i], "improved": better}
-            known[i] |= {"dropped": why} if why else {}
+            known[i] = {"index": i, "prompt": prompts[i], "response": answers[i]}
+            known[i] |= {"improved": better} | ({"dropped": why} if why else {})
             append(path, [known[i]])
             if learner.ranks.asked_to_stop:
                 raise Stopped("stopped while targets were asked for; --resume goes on")
             if server is not None and time.perf_counter() - told > 10:
                 told = time.perf_counter()
                 print(f"targets {done}/{len(answers)} {done / (told - began):.2f}/s", flush=True)
-        write()
+        write_rows(path, (known[i] for i in sorted(known)))
         dropped = collections.Counter(row.get("dropped") for row in known.values())
         print(", ".join(f"{n} {why or 'targets'}" for why, n in dropped.items()), flush=True)
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,12 @@ def script(name: str) -> Any:
     return module
 
 
-def metrics(out: Path, timings: bool = False) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
+TIMINGS = ("seconds", "tokens_per")
+
+
+def metrics(out: Path, left_out: tuple[str, ...] = TIMINGS) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, without what begins with some prefixes."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    left_out = () if timings else ("seconds", "tokens_per")
     return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in rows]
 
 
@@ -45,12 +48,11 @@ def weights(out: Path, name: str = "final") -> dict[str, torch.Tensor]:
     return load_file(out / name / "model.safetensors")
 
 
-def same(one: Path, other: Path, names: Sequence[str] = ("final",)) -> None:
+def same(one: Path, other: Path, left_out: tuple[str, ...] = TIMINGS) -> None:
     """The same rows and the same weights, to the bit."""
-    assert metrics(one) == metrics(other)
-    for name in names:
-        a, b = weights(one, name), weights(other, name)
-        assert all(torch.equal(a[key], b[key]) for key in b)
+    assert metrics(one, left_out) == metrics(other, left_out)
+    a, b = weights(one), weights(other)
+    assert all(torch.equal(a[key], b[key]) for key in b)
 
 
 def alike(one: Path, other: Path, names: Sequence[str] = ("final",)) -> None:
@@ -64,18 +66,35 @@ def alike(one: Path, other: Path, names: Sequence[str] = ("final",)) -> None:
         assert all(torch.allclose(a[key], b[key], atol=2e-4) for key in b)
 
 
-def torchrun(world: int, flags: Sequence[object]) -> subprocess.CompletedProcess[str]:
-    """train.py on so many processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += [f"--nproc_per_node={world}", str(ROOT / "train.py")]
-    return subprocess.run(
-        [*launch, *map(str, flags)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
+def torchrun(
+    world: int,
+    flags: Sequence[object],
+    program: Path = ROOT / "train.py",
+    then: Callable[[int], object] = lambda pid: None,
+) -> subprocess.CompletedProcess[str]:
+    """A program on so many processes; `then` is called with torchrun's process id meanwhile."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--shutdown-timeout"]
+    launch += ["60", f"--nproc_per_node={world}", str(program), *map(str, flags)]
+    process = subprocess.Popen(
+        launch,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
+        start_new_session=True,
     )
+    then(process.pid)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(launch, process.returncode, out, err)
+
+
+def until(ready: Callable[..., bool], *about: Any) -> None:
+    """Waits for what another process does."""
+    for _ in range(6000):
+        if ready(*about):
+            return
+        time.sleep(0.01)
+    raise AssertionError("nothing came within a minute")
 
 
 def cut(flags: Sequence[str], here: Callable[[Source, int], bool]) -> None:

@@ -1,25 +1,28 @@
 """sapo.py: the official code's rules as PAPERS states them, by hand and by count."""
 
+import itertools
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from fakes import EOS, Run, weights
 
-from data import Pair
+import train
+from data import Cut, Pair
 from sample import paint
 from sapo import (
     SAPO,
-    Drift,
+    SFT,
     ReplayBuffer,
-    SegmentPair,
-    Settings,
-    Static,
+    Source,
     batch_indices,
     choose_segment,
     copy_weights,
+    describe,
     dpo_loss,
     ema_update,
     orpo_loss,
@@ -28,8 +31,6 @@ from sapo import (
     segment_metrics,
     splice,
 )
-
-EOS = 9
 
 
 def starts(length: int, segment: int, space: int, rule: str, draws: int = 6000) -> Counter[int]:
@@ -42,9 +43,9 @@ def starts(length: int, segment: int, space: int, rule: str, draws: int = 6000) 
 @pytest.mark.parametrize(
     ("length", "segment", "space", "rule", "last"),
     [
-        (20, 8, 100, "official", 9),  # 20 - 3 - 8
+        (20, 8, 100, "official", 11),  # 20 - 1 - 8
         (20, 8, 4, "official", 4),  # --max-length leaves less
-        (11, 8, 100, "official", 0),  # 11 - 3 - 8 = 0: from the beginning
+        (9, 8, 100, "official", 0),  # 9 - 1 - 8 = 0: from the beginning
         (5, 8, 100, "official", 0),  # shorter than the segment: whole
         (20, 8, 100, "uniform", 12),
         (20, 8, -3, "official", 0),
@@ -61,24 +62,34 @@ def test_starts_are_uniform_up_to_the_latest(
     assert chi2 < last + 5 * math.sqrt(2 * last + 1)  # mean and five deviations of chi-squared
 
 
-def test_splice_puts_the_rewrite_in_place_of_the_segment() -> None:
-    assert splice([1, 2, 3, 4, EOS], 1, 3, [7, 8, 6], [EOS]) == [1, 7, 8, 6, 4, EOS]
-    assert splice([1, 2, 3, 4, EOS], 0, 5, [7], [EOS]) == [7]
+@pytest.mark.parametrize(("content", "segment"), [(19, 8), (9, 8), (8, 8), (30, 1)])
+def test_the_official_rule_is_that_of_the_official_code_in_its_own_tokens(
+    content: int, segment: int
+) -> None:
+    """There a response is header, content, <|im_end|>, newline and EOS, here content and EOS: its
+    latest start, of length - 3 - segment, cuts up to the last token of the content, as ours."""
+    header = 3
+    latest = (header + content + 3) - 3 - segment
+    last = SimpleNamespace(randint=lambda low, high: high)
+    found = choose_segment(content + 1, segment, 100, last)
+    assert found == (latest - header, content)
 
 
-def test_an_eos_in_the_rewrite_ends_the_response() -> None:
-    assert splice([1, 2, 3, 4, EOS], 1, 3, [7, EOS, 6], [EOS]) == [1, 7, EOS]
-    assert splice([1, 2, 3, 4, EOS], 1, 3, [7, 5], [EOS, 5]) == [1, 7, 5]
+def test_splice_puts_the_rewrite_in_place_of_the_segment_and_an_eos_ends_it() -> None:
+    response = [1, 2, 3, 4, EOS]
+    assert splice(response, 1, 3, [7, 8, 6], [EOS]) == [1, 7, 8, 6, 4, EOS]
+    assert splice(response, 0, 5, [7], [EOS]) == [7]
+    assert splice(response, 1, 3, [7, EOS, 6], [EOS]) == [1, 7, EOS]
+    assert splice(response, 1, 3, [7, 5], [EOS, 5]) == [1, 7, 5]
 
 
 def pairs(count: int) -> list[Pair]:
     return [Pair([1], [2, i], [3, i]) for i in range(count)]
 
 
-def test_the_buffer_forgets_the_oldest_first() -> None:
-    buffer = ReplayBuffer(3, seed=0)
-    for pair in pairs(5):
-        buffer.add(pair)
+def test_the_buffer_forgets_the_oldest_first_and_gives_it_back() -> None:
+    buffer, five = ReplayBuffer(3, seed=0), pairs(5)
+    assert [buffer.add(pair) for pair in five] == [None, None, None, *five[:2]]
     assert len(buffer) == 3
     assert {p.chosen[1] for p in buffer.sample(3)} <= {2, 3, 4}
     assert len(buffer.sample(100)) == 3
@@ -109,18 +120,17 @@ def test_counts_rise_after_the_draw_not_within_it() -> None:
     assert buffer.metrics["replay/age"] == 2  # all came before the first of three draws
 
 
-def test_a_restored_buffer_draws_what_the_lost_one_would_have() -> None:
-    one, other = ReplayBuffer(5, seed=3), ReplayBuffer(5, seed=3)
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_restored_buffer_draws_what_the_lost_one_would_have(seed: int) -> None:
+    """Whatever the seed that it was made with."""
+    one, other = ReplayBuffer(5, seed=3), ReplayBuffer(5, seed)
     for i, pair in enumerate(pairs(7)):
-        one.add(SegmentPair(pair, (0, 1, 2), -0.5) if i % 2 else pair)
+        one.add(pair._replace(cut=Cut(0, 1, 2, -0.5) if i % 2 else None))
         one.sample(2)
     other.load_state_dict(one.state_dict())
-    assert [item.count for item in other.stored] == [item.count for item in one.stored]
+    assert other.stored == one.stored
     for _ in range(4):
-        drawn = one.sample(5)
-        again = other.sample(5)
-        assert again == drawn
-        assert [getattr(p, "bounds", 0) for p in again] == [getattr(p, "bounds", 0) for p in drawn]
+        assert other.sample(5) == one.sample(5)
         assert one.metrics == other.metrics
 
 
@@ -142,12 +152,6 @@ def test_an_epoch_sees_every_row_once_across_batches() -> None:
     assert batch_indices(0, 9, 10, seed=5) != batch_indices(0, 9, 10, seed=6)
 
 
-def weights(*values: float) -> torch.nn.Linear:
-    layer = torch.nn.Linear(len(values), 1, bias=False)
-    layer.weight.data = torch.tensor([values])
-    return layer
-
-
 def test_the_ema_after_k_steps_is_the_sum_by_hand() -> None:
     ema, policy, decay = weights(1.0, -2.0), weights(0.0, 0.0), 0.75
     expected = torch.tensor([[1.0, -2.0]])
@@ -162,142 +166,138 @@ def test_the_ema_after_k_steps_is_the_sum_by_hand() -> None:
     assert torch.equal(policy.weight, ema.weight)
 
 
-class Recorder:
-    """Stands for the models and for generation: rewrites every segment as `new`."""
-
-    def __init__(self, new: list[int]) -> None:
-        self.new, self.prompts, self.budgets, self.seeds = new, [], [], []
-        self.models: list[object] = []
-
-    def __call__(self, model, prompts, budgets, seeds):
-        self.models.append(model)
-        self.prompts += prompts
-        self.budgets += budgets
-        self.seeds += seeds
-        return [self.new[:budget] for budget in budgets], [-1.0] * len(budgets)
-
-
-def source(recorder: Recorder, capacity: int = 0, **flags: object) -> SAPO:
+def source(new: list[int], capacity: int = 0, **flags: Any) -> SAPO:
+    """A source whose EMA rewrites every segment as `new`."""
     rows = [Pair([1, i], [10 + i, 20 + i, 30 + i, 40 + i, 50 + i, EOS], []) for i in range(4)]
-    settings = {"batch_size": 2, "seed": 0, "max_length": 64, "replay_capacity": capacity}
-    settings |= {"segment_length": "2", "segment_rule": "uniform", "ref_update_every": 3} | flags
-    models = (weights(1.0), weights(1.0), weights(1.0))
-    return SAPO(rows, *models, recorder, Settings(**settings), [EOS])
+    usual = {"segment_length": "2", "segment_rule": "uniform", "ref_update_every": 3}
+    return SAPO(rows, Run(lambda _: new, replay_capacity=capacity, **usual | flags))
 
 
-def test_ema_and_reference_move_at_their_steps_and_in_order() -> None:
-    sapo = source(Recorder([7, 7]))
-    emas, references = [], []
+@pytest.mark.parametrize(
+    ("flags", "emas", "references"),
+    [  # the policy is t + 1 at step t, the reference is refreshed at 0 and 3, after the EMA
+        ({}, [1, 1.5, 2.25, 3.125, 4.0625], [1, 1, 1, 3.125, 3.125]),
+        ({"ref_update": "policy"}, [1, 1.5, 2.25, 3.125, 4.0625], [1, 1, 1, 4, 4]),
+        ({"ref_update": "fixed"}, [1, 1.5, 2.25, 3.125, 4.0625], [1] * 5),
+        ({"ema_every": 2}, [1, 1, 2, 2, 3.5], [1, 1, 1, 2, 2]),
+        ({"ref_update_every": None}, [1, 1.5, 2.25, 3.125, 4.0625], [1, 1, 2.25, 2.25, 4.0625]),
+    ],
+)
+def test_ema_and_reference_move_at_their_steps_and_in_order(
+    flags: Any, emas: list[float], references: list[float]
+) -> None:
+    sapo, held, versions = source([7, 7], **flags), [], []
     for t in range(5):
         sapo.before_step(t)
-        emas.append(sapo.ema.weight.item())
-        references.append(sapo.reference.weight.item())
-        sapo.policy.weight.data += 1  # the update from t to t + 1
-    assert emas == [1, 1.5, 2.25, 3.125, 4.0625]  # nothing at t = 0, then halfway to policy t
-    assert references == [1, 1, 1, 3.125, 3.125]  # at 0 and 3, after the EMA's update
-
-
-@pytest.mark.parametrize(("mode", "expected"), [("policy", 4.0), ("fixed", 1.0), ("ema", 3.125)])
-def test_the_reference_is_refreshed_from_what_the_flag_says(mode: str, expected: float) -> None:
-    sapo = source(Recorder([7, 7]), ref_update=mode)
-    for t in range(4):
-        sapo.before_step(t)
-        sapo.policy.weight.data += 1
-    assert sapo.reference.weight.item() == expected
-
-
-def test_every_second_step_updates_the_ema_if_so_asked() -> None:
-    sapo = source(Recorder([7, 7]), ema_every=2)
-    emas = []
-    for t in range(5):
-        sapo.before_step(t)
-        emas.append(sapo.ema.weight.item())
-        sapo.policy.weight.data += 1
-    assert emas == [1, 1, 2, 2, 3.5]
+        held.append([sapo.run.models[name].weight.item() for name in ("ema", "reference")])
+        versions.append(sapo.reference_version)
+        sapo.run.train()
+    assert held == [[*both] for both in zip(emas, references, strict=True)]
+    new = [a != b for a, b in itertools.pairwise(references)]
+    assert [a != b for a, b in itertools.pairwise(versions)] == new
 
 
 def test_fresh_pairs_are_the_gold_with_the_segment_rewritten_by_the_ema() -> None:
-    recorder = Recorder([7, 8])
-    sapo = source(recorder)
+    sapo = source([7, 8])
     batch = sapo.before_step(0)
-    assert recorder.models == [sapo.ema]
-    assert len(batch) == 2
-    for pair, prompt in zip(batch, recorder.prompts, strict=True):
-        start, stop, new_stop = pair.bounds
+    assert sapo.run.names == ["ema"] * 2
+    for pair, prompt in zip(batch, sapo.run.prompts, strict=True):
+        start, stop, new_stop, _ = pair.cut
         assert stop - start == new_stop - start == 2
         assert pair.rejected == [*pair.chosen[:start], 7, 8, *pair.chosen[stop:]]
         assert prompt == pair.prompt + pair.chosen[:start]
     assert sapo.metrics["segment/identical"] == 0
-    assert sapo.metrics["segment/ended"] == sum(len(p.rejected) == p.bounds[2] for p in batch) / 2
+
+
+@pytest.mark.parametrize(
+    ("new", "length", "ended", "unended"),
+    [
+        ([7, EOS], "2", 1, 0),  # B' ends the response
+        ([7, 8], "2", 0, 0),  # C does
+        ([7] * 9, "full", 0, 1),  # no C, and B' has used up its budget
+        ([7, EOS], "full", 1, 0),
+    ],
+)
+def test_a_rewrite_ends_the_response_where_it_holds_an_eos(
+    new: list[int], length: str, ended: float, unended: float
+) -> None:
+    sapo = source(new, segment_length=length, segment_rule="official")
+    sapo.before_step(0)
+    assert sapo.metrics["segment/ended"] == ended
+    assert sapo.metrics["segment/unended"] == unended
+    cut_off = [Pair([1], [2, 3], [2, 7], Cut(1, 2, 2, 0.0))]  # the gold one has no EOS either
+    assert describe(cut_off, [EOS])["segment/unended"] == 0
 
 
 def test_cuts_and_seeds_are_new_each_step_and_the_same_each_run() -> None:
-    one, other = Recorder([7, 8]), Recorder([7, 8])
-    for recorder in (one, other):
-        sapo = source(recorder)
+    one, other = source([7, 8]), source([7, 8])
+    for sapo in (one, other):
         for t in range(6):
             sapo.before_step(t)
-    assert one.prompts == other.prompts
-    assert one.seeds == other.seeds
-    assert len(set(one.seeds)) == 12
-    assert len({len(prompt) for prompt in one.prompts}) > 2
+    assert one.run.prompts == other.run.prompts
+    assert one.run.seeds == other.run.seeds
+    assert len(set(one.run.seeds)) == 12
+    assert len({len(prompt) for prompt in one.run.prompts}) > 2
 
 
-def test_the_batch_comes_from_the_buffer() -> None:
-    sapo = source(Recorder([7, 8]), 100)
-    sizes = []
-    for t in range(5):
-        assert len(sapo.before_step(t)) == 2
-        sizes.append(len(sapo.buffer))
-    assert sizes == [2, 4, 6, 8, 10]
-    assert sapo.metrics["replay/size"] == 10
-
-
-def test_more_responses_a_prompt_and_fewer_generations() -> None:
-    recorder = Recorder([7, 8])
-    sapo = source(recorder, 100, responses_per_prompt=3, sample_every=2)
-    sizes = []
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [({}, [2, 4, 6, 8]), ({"responses_per_prompt": 3, "sample_every": 2}, [6, 6, 12, 12])],
+)
+def test_the_batch_comes_from_the_buffer(flags: Any, sizes: list[int]) -> None:
+    sapo, found = source([7, 8], 100, **flags), []
     for t in range(4):
-        sapo.before_step(t)
-        sizes.append(len(sapo.buffer))
-    assert sizes == [6, 6, 12, 12]
-    assert len(set(recorder.seeds)) == 12
+        assert len(sapo.before_step(t)) == 2
+        found.append(len(sapo.buffer))
+    assert found == sizes
+    assert sapo.metrics["replay/size"] == sizes[-1]
+    assert len(set(sapo.run.seeds)) == sizes[-1]
+
+
+def test_pairs_that_cannot_come_again_are_named() -> None:
+    """Those that the buffer pushed out, and without one all of the step's."""
+    for every in (1, 2):
+        sapo, before = source([7, 8], 5, sample_every=every), list[Pair]()
+        for t in range(6):
+            sapo.before_step(t)
+            after = [item.pair for item in sapo.buffer.stored]
+            assert [*sapo.gone, *after] == [*before, *sapo.fresh]
+            before = after
+        assert len(before) == 5
+    sapo = source([7, 8])
+    for t in range(2):
+        assert sapo.before_step(t) == sapo.gone == sapo.fresh != []
 
 
 def test_identical_pairs_are_counted_and_dropped_on_request() -> None:
-    class Copying(Recorder):
-        def __call__(self, model, prompts, budgets, seeds):
-            gold = {row.prompt[1]: row.chosen for row in sapo.rows}
-            return [
-                gold[prompt[1]][len(prompt) - 2 :][:budget]
-                for prompt, budget in zip(prompts, budgets, strict=True)
-            ], [0.0] * len(prompts)
-
-    sapo = source(Copying([]), 100)
-    assert all(pair.chosen == pair.rejected for pair in sapo.before_step(0))
-    assert sapo.metrics["segment/identical"] == 1
-    sapo = source(Copying([]), 100, drop_identical=True)
-    assert sapo.before_step(0) == []
+    for drop in (False, True):
+        sapo = source([], 100, drop_identical=drop)
+        gold = {row.prompt[1]: row.prompt + row.chosen for row in sapo.rows}
+        sapo.run.say = lambda prompt, gold=gold: gold[prompt[1]][len(prompt) :]
+        batch = sapo.before_step(0)
+        assert sapo.metrics["segment/identical"] == 1
+        assert all(pair.chosen == pair.rejected for pair in batch)
+        assert len(batch) == len(sapo.buffer) == (0 if drop else 2)
 
 
-def test_evaluation_keeps_given_rejected_sides_and_rewrites_the_rest() -> None:
-    sapo = source(Recorder([7, 8]))
-    held_out = [Pair([1], [2, 3, EOS], [4, EOS]), Pair([1], [2, 3, 4, 5, EOS], [])]
-    first = sapo.eval_pairs(held_out)
-    assert first[0] == held_out[0]
-    assert first[1].rejected != first[1].chosen
-    assert sapo.eval_pairs(held_out) == first
+def test_held_out_rows_are_rewritten_as_training_rows_and_each_time_alike() -> None:
+    sapo, held_out = source([7, 8]), [Pair([1], [2, 3, 4, 5, EOS], [])]
+    (pair,) = sapo.spoil(held_out)
+    assert pair.rejected != pair.chosen == held_out[0].chosen
+    assert sapo.spoil(held_out) == [pair]
+    assert sapo.spoil([]) == []
 
 
-def test_static_rows_come_as_they_are() -> None:
-    rows = pairs(6)
-    static = Static(rows, Settings(batch_size=6, seed=0))
-    assert sorted(static.before_step(0)) == rows
-    assert static.eval_pairs(rows[:2]) == rows[:2]
+def test_rows_come_as_they_are_and_without_a_rejected_side_for_sft() -> None:
+    rows, run = pairs(6), Run(lambda _: [], batch_size=6)
+    assert sorted(Source(rows, run).before_step(0)) == rows
+    assert Source(rows, run).spoil(rows[:2]) == rows[:2]
+    found = sorted(SFT(rows, run).before_step(0))
+    assert found == [row._replace(rejected=[]) for row in rows]
 
 
 def test_paint_shows_the_four_parts() -> None:
-    pair = SegmentPair(Pair([65], [66, 67, 68, 69], [66, 70, 68, 69]), (1, 2, 2), 0.0)
+    pair = Pair([65], [66, 67, 68, 69], [66, 70, 68, 69], Cut(1, 2, 2, 0.0))
     shown = paint(pair, lambda ids: "".join(map(chr, ids)))
     for part in ("A", "B\033[32mC\033[34mDE", "B\033[31mF\033[34mDE"):
         assert part in shown
@@ -306,10 +306,10 @@ def test_paint_shows_the_four_parts() -> None:
 # ------------------------------------------------------------------------------ what is observed
 
 
-def cut(chosen: list[int], start: int, stop: int, new: list[int], logp: float = 0.0) -> SegmentPair:
+def cut(chosen: list[int], start: int, stop: int, new: list[int]) -> Pair:
     """A pair as SAPO makes it."""
     rejected = splice(chosen, start, stop, new, [EOS])
-    return SegmentPair(Pair([1], chosen, rejected), (start, stop, start + len(new)), logp)
+    return Pair([1], chosen, rejected, Cut(start, stop, start + len(new), 0.0))
 
 
 CUTS = [
@@ -339,7 +339,7 @@ def test_log_probs_of_the_parts_are_those_of_the_two_sequences_cut_by_hand() -> 
             for side, tokens in ((1, pair.chosen), (2, pair.rejected))
         }
         parts += [torch.tensor(x) for x in (rows[1][:shared], rows[1][shared:], rows[2][shared:])]
-        start, stop, new = pair.bounds
+        start, stop, new, _ = pair.cut
         sides = (rows[1][start:stop], rows[2][start:new], rows[1][stop:], rows[2][new:])
         sums.append([sum(side) for side in sides])
     plain = Pair([1], [2, 3], [4])
@@ -349,10 +349,11 @@ def test_log_probs_of_the_parts_are_those_of_the_two_sequences_cut_by_hand() -> 
 
 
 def test_segment_metrics_by_hand() -> None:
-    pairs = [CUTS[0], CUTS[2], CUTS[3]]
-    pairs[0].logp, pairs[1].logp, pairs[2].logp = -3.0, -1.0, -2.0
+    both = zip((CUTS[0], CUTS[2], CUTS[3]), (-3.0, -1.0, -2.0), strict=True)
+    pairs = [pair._replace(cut=pair.cut._replace(logp=logp)) for pair, logp in both]
     logps = torch.tensor([[-2.0, -5, -3, -6], [-1, -1.5, 0, 0], [-4, -8, -9, 0]])
-    found = segment_metrics(pairs, logps)
+    columns = ("logps/segment", "logps/new_segment", "logps/rest", "logps/new_rest")
+    found = segment_metrics(pairs, dict(zip(columns, logps.unbind(1), strict=True)))
     assert found == pytest.approx(
         {
             "segment/kl": ((-3 + 5) + (-1 + 1.5) + (-2 + 8)) / 6,
@@ -362,19 +363,9 @@ def test_segment_metrics_by_hand() -> None:
             "seam/new_logps": -6 / 2,
         }
     )
-    assert segment_metrics([Pair([1], [2], [3])], torch.zeros(1, 4)) == {}
-
-
-def test_drift_is_counted_from_the_first_time_a_row_was_seen() -> None:
-    rows, drift = pairs(3), Drift()
-    assert drift.observe(rows[:2], [-5.0, -7.0]) == {}
-    assert drift.observe(rows[1:], [-6.0, -4.0]) == {"logps/chosen_drift": 1.0}
-    again = Drift()
-    again.load_state_dict(drift.state_dict())
-    found = again.observe([*rows, rows[0]], [-5.5, -6.5, math.nan, -4.5])
-    assert math.isnan(found["logps/chosen_drift"])
-    found = again.observe([*rows, rows[0]], [-5.5, -6.5, -5.0, -4.5])
-    assert found["logps/chosen_drift"] == (-0.5 + 0.5 - 1 + 0.5) / 4
+    plain = [Pair([1], [2], [3])]
+    assert segment_metrics(plain, dict.fromkeys(columns, torch.zeros(1))) == {}
+    assert describe(plain, [EOS]) == {}
 
 
 # ------------------------------------------------------------------------------------- the losses
@@ -385,12 +376,13 @@ def logps(seed: int, count: int = 6) -> list[torch.Tensor]:
     return [-20 * torch.rand(count, generator=generator) - 0.01 for _ in range(4)]
 
 
-def test_the_first_loss_is_ln_2_and_rewards_are_zero() -> None:
-    chosen, rejected = logps(0)[:2]
-    losses, good, bad = dpo_loss(chosen, rejected, chosen, rejected)
+def test_the_first_loss_is_ln_2_and_rewards_are_zero_and_carry_no_gradient() -> None:
+    chosen, rejected = (x.requires_grad_() for x in logps(0)[:2])
+    losses, good, bad = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach())
     assert torch.allclose(losses, torch.full((6,), math.log(2)))
     assert torch.equal(good, torch.zeros(6))
     assert torch.equal(bad, torch.zeros(6))
+    assert [x.requires_grad for x in (losses, good, bad)] == [True, False, False]
 
 
 def test_dpo_by_hand() -> None:
@@ -400,14 +392,6 @@ def test_dpo_by_hand() -> None:
     assert losses.item() == pytest.approx(0.5543552)
     assert good.item() == pytest.approx(0.2)
     assert bad.item() == pytest.approx(-0.1)
-
-
-def test_rewards_carry_no_gradient() -> None:
-    args = [x.requires_grad_() for x in logps(1)]
-    losses, good, bad = dpo_loss(*args)
-    assert losses.requires_grad
-    assert not good.requires_grad
-    assert not bad.requires_grad
 
 
 def test_smoothing_is_the_loss_of_both_orders_mixed() -> None:
@@ -438,15 +422,16 @@ def test_orpo_and_its_gradient_stay_finite(logp: float) -> None:
 
 def test_ipo_and_hinge_by_hand() -> None:
     policy = [torch.tensor([x]) for x in (-10.0, -12.0, 4.0, 5.0)]
-    reference = [torch.tensor([x]) for x in (-11.0, -11.5, 4.0, 5.0)]
-    ipo = pair_loss("ipo", policy, reference, 0.2, 0.0, 0.05)[0]
-    assert ipo.item() == pytest.approx((1.5 - 2.5) ** 2)
-    hinge = pair_loss("hinge", policy, reference, 0.2, 0.0, 0.05)[0]
-    assert hinge.item() == pytest.approx(1 - 0.3)
-    per_token = pair_loss("ipo", policy, reference, 0.2, 0.0, 0.05, length_normalize=True)
+    reference = [torch.tensor([x]) for x in (-11.0, -11.5)]
+
+    def found(loss: str | None, **flags: Any) -> list[float]:
+        c = train.Config(loss=loss, **flags)
+        return [x.item() for x in pair_loss(c, 0.2, policy, reference)]
+
+    assert found("ipo")[0] == pytest.approx((1.5 - 2.5) ** 2)
+    assert found("hinge")[0] == pytest.approx(1 - 0.3)
     gap = (-10 / 4 + 12 / 5) - (-11 / 4 + 11.5 / 5)
-    assert per_token[0].item() == pytest.approx((gap - 2.5) ** 2)
-    assert [reward.item() for reward in per_token[1:]] == pytest.approx([0.2, -0.1])
-    orpo = pair_loss("orpo", policy, (), 0.2, 0.0, 0.05)[0]
-    assert torch.equal(orpo, orpo_loss(policy[0] / 4, policy[1] / 5))
-    assert F.relu(torch.tensor(-1.0)) == pair_loss(None, policy, (), 0.2, 0.0, 0.05)[0]
+    per_token = found("ipo", length_normalize=True)
+    assert per_token == pytest.approx([(gap - 2.5) ** 2, 0.2, -0.1])
+    assert found("orpo", orpo_lambda=0.4)[0] == orpo_loss(policy[0] / 4, policy[1] / 5, 0.4).item()
+    assert found(None)[0] == 0

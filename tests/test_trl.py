@@ -17,7 +17,7 @@ import data
 import model as lm
 import train
 from data import Pair
-from sapo import copy_weights, orpo_loss
+from sapo import compares, copy_weights, orpo_loss
 
 WORDS = datasets.Dataset.from_list([{"prompt": "sort ba", "chosen": "ab", "rejected": "ba"}])
 
@@ -46,16 +46,14 @@ def pairs(prompts: int = 4) -> list[Pair]:
     return made
 
 
-def ours(start: Path, tmp_path: Path, batch: list[Pair], *flags: str) -> tuple[float, Any]:
-    """Our loss and the trainer that has its gradient; the reference is another model."""
-    config = train.parse_args(["--model", str(start), "--data", "x", "--max-length", "64", *flags])
-    tokenizer = data.load_tokenizer(start)
-    job = train.Job(start, batch, [], tokenizer, tmp_path / "metrics.jsonl", tmp_path / "final")
-    trainer = train.Trainer(config, job, train.Ranks())
-    if "reference" in trainer.models:
-        copy_weights(trainer.models["reference"], other(trainer.policy))
-    stats = trainer.score(batch, learn=True)
-    return trainer.summary(batch, stats, "")["loss"], trainer
+def ours(start: Path, batch: list[Pair], *flags: str) -> tuple[dict[str, float], Any]:
+    """Our metrics and the learner that has the gradient; the reference is another model."""
+    c = train.parse_args(["--model", str(start), "--data", "x", "--max-length", "64", *flags])
+    roles = ["reference"] if compares(c) else []
+    learner = train.Learner(c, start, data.load_tokenizer(start), train.Ranks(), *roles)
+    if roles:
+        copy_weights(learner.models["reference"], other(learner.policy))
+    return train.summary(batch, learner.score(batch, 0, learn=True), c), learner
 
 
 def other(policy: Any) -> Any:
@@ -97,7 +95,7 @@ def test_pair_losses_and_their_gradients_are_those_of_trls_trainer(
     flags: list[str], settings: dict[str, Any], start: Path, tmp_path: Path
 ) -> None:
     batch = pairs()
-    loss, mine = ours(start, tmp_path, batch, "--method", "dpo", "--beta", "0.3", *flags)
+    row, mine = ours(start, batch, "--method", "dpo", "--beta", "0.3", *flags)
     reference = transformers.AutoModelForCausalLM.from_pretrained(start)
     weights = dict(other(mine.policy).named_parameters())
     reference.load_state_dict(weights, strict=False)
@@ -111,13 +109,12 @@ def test_pair_losses_and_their_gradients_are_those_of_trls_trainer(
         train_dataset=WORDS,
         processing_class=transformers.AutoTokenizer.from_pretrained(start),
     )  # fmt: skip
-    rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in batch]
+    rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r, _ in batch]
     value = theirs._compute_loss(theirs.model, DataCollatorForPreference(0)(rows), False)
     value.backward()
-    assert loss == pytest.approx(value.item(), rel=1e-5)
+    assert row["loss"] == pytest.approx(value.item(), rel=1e-5)
     same_gradients(mine.policy, theirs.model)
     logged = {k: v[-1] for k, v in theirs._metrics["eval"].items()}
-    row = mine.summary(batch, mine.score(batch, learn=False), "")
     for key in ("chosen", "rejected", "margins", "accuracies"):
         assert row[f"rewards/{key}"] == pytest.approx(logged[f"rewards/{key}"], rel=1e-4)
     for key in ("logps/chosen", "logps/rejected"):
@@ -161,18 +158,17 @@ def test_orpo_and_its_gradient_are_those_of_trls_trainer_but_for_the_prompts_nll
     token, which has no NLL, the two agree."""
     for length in (1, 4):
         batch = pairs(prompts=length)
-        flags = ("--method", "orpo", "--orpo-lambda", "0.4")
-        loss, mine = ours(start, tmp_path, batch, *flags)
+        row, mine = ours(start, batch, "--method", "orpo", "--orpo-lambda", "0.4")
         orpo.model.zero_grad()
         value, logged = orpo.get_batch_loss_metrics(orpo.model, orpo_batch(batch))
         value.backward()
-        row = mine.summary(batch, mine.score(batch, learn=False), "")
         if length == 1:
-            assert loss == pytest.approx(value.item(), rel=1e-5)
+            assert row["loss"] == pytest.approx(value.item(), rel=1e-5)
             same_gradients(mine.policy, orpo.model)
         else:
-            assert abs(loss - value.item()) > 0.01
-            assert loss - row["nll"] == pytest.approx(value.item() - logged["nll_loss"], abs=1e-4)
+            assert abs(row["loss"] - value.item()) > 0.01
+            theirs = value.item() - logged["nll_loss"]
+            assert row["loss"] - row["nll"] == pytest.approx(theirs, abs=1e-4)
         for key in ("rewards/chosen", "rewards/rejected", "rewards/accuracies"):
             assert row[key] == pytest.approx(logged[key], rel=1e-5)
 
