@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,14 @@ def by_gold(
 def judge(out: Path, files: Sequence[str] = ()) -> dict[int, dict[str, float]]:
     """By round, of a run's folder. `files`: rows with gold; default: those of its second phase."""
     flags, rounds = read_json(out / "args.json"), dict[int, list[Any]]()
-    for _, row in train.json_lines(out / "pairs.jsonl"):
+    for row in train.json_lines(out / "pairs.jsonl"):
         rounds.setdefault(row["round"], []).append(row)
     c = train.Config(**{key: value for key, value in flags.items() if key != "inputs"})
     if not (files := files or c.preference_data or c.data or ()):
         return {number: by_checker(rows) for number, rows in rounds.items()}
-    golds, tokenizer = data.load_examples(files, prompts=True), train.load_tokenizer(c)
-    model = Transformer.from_pretrained(c.improver or out / "improver")
+    golds, folder = data.load_examples(files, prompts=True), c.improver or out / "improver"
+    tokenizer = data.load_tokenizer(folder, c.chat_template, datetime.fromisoformat(c.date or ""))
+    model = Transformer.from_pretrained(folder)
     return {number: by_gold(rows, golds, model, tokenizer, c) for number, rows in rounds.items()}
 
 

@@ -324,15 +324,14 @@ def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut
     folder.mkdir(parents=True)
     c, tokenizer, ranks = config_of(run), data.load_tokenizer(start), train.Ranks()
-    base = out / "runs" / run.base.key / "final" if run.base else start
+    c.out, base = str(folder), out / "runs" / run.base.key / "final" if run.base else start
     model = Transformer.from_pretrained(base)
     began = time.process_time()
     files = train.Files(ranks, tokenizer, folder / "metrics.jsonl", folder / "final", c.method)
     with metered() as (tokens, logged), contextlib.redirect_stdout(io.StringIO()):
         if run.arm.how == "improver":
             asks = [(e, data.encode_example(tokenizer, e)) for e in gold_rows(run)]
-            journal = train.Journal(folder / "journal.jsonl", ranks, len(asks))
-            train.train_improver(c, base, asks, files, journal)
+            train.train_improver(c, base, {"--data": asks}, files)
             (folder / "improver").rename(folder / "final")
         elif run.rate:
             greedy, alone = run.arm.how == "greedy", c.method == "sgpo"  # alone: prompts
@@ -353,8 +352,8 @@ def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
     told |= measure(model, tokenizer, run.seed, run.split) | {"generated": tokens["generated"]}
     told |= {"computed": tokens["tokens/policy"] + tokens["tokens/reference"]}
     means = {key: statistics.fmean(values) for key, values in logged.items() if values}
-    made = [row for _, row in train.json_lines(folder / "pairs.jsonl")]
-    means |= {f"improve/{key}": share for key, share in judge.by_checker(made).items()}
+    shares = judge.by_checker([*train.json_lines(folder / "pairs.jsonl")])
+    means |= {f"improve/{key}": share for key, share in shares.items()}
     return told | {"logged": means}
 
 
@@ -383,11 +382,14 @@ def pretrain(run: Run, out: Path) -> None:
     """The run's start in OUT/starts, as the embedded default makes it."""
     torch.set_num_threads(1)
     start = start_of(run, out)
-    start.parent.mkdir(parents=True, exist_ok=True)
-    config = train.parse_args(["--seed", str(run.seed)])
+    data.write_task_tokenizer(start.parent)
+    config, tokenizer = (
+        train.parse_args(["--seed", str(run.seed)]),
+        data.load_tokenizer(start.parent),
+    )
     is_open = run.arm.tasks == "open"
     with open_ended.stand_in(is_open), contextlib.redirect_stdout(io.StringIO()):
-        train.pretrain(config, start, train.load_tokenizer(config), train.Ranks())
+        train.pretrain(config, start, tokenizer, train.Ranks())
 
 
 # -------------------------------------------------------------------------------- many, and resume
@@ -400,7 +402,7 @@ class Results:
         self.out, self.file, self.workers = out, out / "results.jsonl", workers
         out.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, dict[str, float]] = {}
-        for _, row in train.json_lines(self.file):  # leaves out a line that a kill has cut off
+        for row in train.json_lines(self.file):  # leaves out a line that a kill has cut off
             self.known[row["key"]] = row["told"]
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
