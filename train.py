@@ -577,19 +577,9 @@ class Trace:
         row["beta"] = learner.beta
         if not learner.ranks.first:
             return
-        names = (
-            "loss",
-            "nll",
-            "grad_norm",
-            "lr",
-            "beta",
-            "norm/policy",
-            "norm/ema",
-            "norm/reference",
-        )
-        part = {
-            f"step/{k}": torch.tensor([row.get(k, math.nan)], dtype=torch.float64) for k in names
-        }
+        names = "loss nll grad_norm lr beta norm/policy norm/ema norm/reference".split()  # noqa: SIM905
+        values = {name: [row.get(name, math.nan)] for name in names}
+        part = {f"step/{k}": torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
         part["step/step"] = torch.tensor([step])
         part |= {f"pair/{key}": values for key, values in table.items()}
         part["pair/place"] = torch.tensor(source.picked, dtype=torch.int64)
@@ -617,14 +607,10 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a file of JSON lines anew."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is the old one or the new one at any time, and never half of it."""
+    """Writes a file of JSON lines that is the old one or the new one at any time."""
     partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
+    partial.unlink(missing_ok=True)
+    append(partial, rows)
     flush(partial)
     partial.rename(path)
 
@@ -1197,7 +1183,7 @@ def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, 
             out.mkdir(parents=True, exist_ok=True)
             if not c.resume:  # of a run that was stopped before it left anything else
                 (out / ".generated.jsonl").unlink(missing_ok=True)
-            write_text(out / "args.json", json.dumps(now | {"inputs": found}, indent=2) + "\n")
+            write_rows(out / "args.json", [now | {"inputs": found}])
         except OSError as error:
             raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
 
@@ -1273,7 +1259,7 @@ def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files:
     if files.ranks.first:
         told = f"{report['targets']} targets, and {report['too_long']} too long; "
         print(f"{told}{report['dropped']} beyond the fence, {report['fence']}", flush=True)
-        write_text(note, json.dumps({"steps": source.bounds[-1]} | report, indent=1) + "\n")
+        write_rows(note, [{"steps": source.bounds[-1]} | report])
     phase = dataclasses.replace(files, final=folder, phase="improver", on_tasks=False, eval_rows=())
     fit(alone, learner, source, phase)
     return source.bounds[-1]
