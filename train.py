@@ -92,7 +92,8 @@ def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
         if t == end or (c.eval_every and t % c.eval_every == 0):
             row |= evaluate(c, learner, source, files)
         files.show(t, (pairs, table, row), learner, source)
-        if t == end or t % c.log_every == 0 or "seconds/eval" in row or source.made:
+        notable = {"seconds/eval", "improve/pairs"} & row.keys()  # of an evaluation, a round
+        if t == end or t % c.log_every == 0 or notable:
             files.log(t, row, source, pace=(time.perf_counter() - began) / (t - first))
         if learner.bad_steps == 5:
             last = [(0, "none: see --save-every"), *files.numbered()][-1][1]
@@ -173,16 +174,13 @@ def lr_at(c: Config, t: int, steps: int, peak: float) -> float:
     if t < warmup:
         return peak * (t + 1) / warmup
     done = (t - warmup) / max(1, steps - warmup)
-    return (
-        peak
-        * {
-            "linear": 1 - done,
-            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-            # without a warm-up slowly down, as transformers has it
-            "inverse_sqrt": math.sqrt(warmup / (t + 1) if warmup else 10_000 / (t + 10_000)),
-            "constant": 1.0,
-        }[c.schedule]
-    )
+    if c.schedule == "linear":
+        return peak * (1 - done)
+    if c.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    if c.schedule == "inverse_sqrt":  # without a warm-up slowly down, as transformers has it
+        return peak * math.sqrt(warmup / (t + 1) if warmup else 10_000 / (t + 10_000))
+    return peak
 
 
 # ------------------------------------------------------------------------------------ the learner
@@ -411,9 +409,7 @@ class Files:
         """A step's pairs and numbers, for --trace and --show-every."""
         c = learner.config
         if self.trace is not None and self.before + t <= c.trace_steps:
-            norms = {f"norm/{role}": self.ranks.norm(m) for role, m in learner.models.items()}
-            if self.ranks.first:
-                self.trace.add(self.before + t, seen, norms | {"beta": learner.beta}, source)
+            self.trace.add(self.before + t, seen, learner, source)
         if c.show_every and (t - 1) % c.show_every == 0 and self.ranks.first:
             for pair in [pair for pair in seen[0] if pair.cut is not None][:1]:
                 print(sample.paint(pair, self.tokenizer.decode))
@@ -481,9 +477,7 @@ class Files:
             source.bend(tree["bounds"].tolist(), done)
             break
         if self.ranks.first:
-            ends = {
-                self.metrics: ("step", self.before + done)
-            }  # what is done again is written again
+            ends = {self.metrics: ("step", self.before + done)}  # what is beyond is done again
             ends[self.metrics.with_name("pairs.jsonl")] = ("round", source.round)
             for path, (key, most) in ends.items():
                 if path.exists():
@@ -576,13 +570,17 @@ class Trace:
         except OSError as error:
             raise InputError(f"--trace {c.trace} cannot be written: {error.strerror}") from None
 
-    def add(self, step: int, seen: Seen, more: Row, source: Source) -> None:
+    def add(self, step: int, seen: Seen, learner: Learner, source: Source) -> None:
         """Records a step and writes the file anew: it is small, and the run may be killed."""
         pairs, table, row = seen
-        part = {"step/step": torch.tensor([step])}
-        for name in "loss nll grad_norm lr beta norm/policy norm/ema norm/reference".split():  # noqa: SIM905
-            value = (row | more).get(name, math.nan)
-            part[f"step/{name}"] = torch.tensor([value], dtype=torch.float64)
+        row = row | {f"norm/{role}": learner.ranks.norm(m) for role, m in learner.models.items()}
+        row["beta"] = learner.beta
+        if not learner.ranks.first:
+            return
+        names = "loss nll grad_norm lr beta norm/policy norm/ema norm/reference".split()  # noqa: SIM905
+        values = {name: [row.get(name, math.nan)] for name in names}
+        part = {f"step/{k}": torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
+        part["step/step"] = torch.tensor([step])
         part |= {f"pair/{key}": values for key, values in table.items()}
         part["pair/place"] = torch.tensor(source.picked, dtype=torch.int64)
         for name, made in (("pair", pairs), ("fresh", source.fresh)):
@@ -609,14 +607,10 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a file of JSON lines anew."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is the old one or the new one at any time, and never half of it."""
+    """Writes a file of JSON lines that is the old one or the new one at any time."""
     partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
+    partial.unlink(missing_ok=True)
+    append(partial, rows)
     flush(partial)
     partial.rename(path)
 
@@ -784,7 +778,7 @@ class Ranks:
 
 @dataclass
 class RunFlags:
-    """The run, its model and its data."""
+    """The run."""
 
     method: Literal["sft", "dpo", "orpo", "spin", "sapo", "sgpo"] = "sapo"
     "where the pairs come from"
@@ -814,6 +808,12 @@ class RunFlags:
     "a .safetensors file to record the first steps in: pairs, draws, log-probs, losses, norms"
     trace_steps: Annotated[int, 1, 10**6] = 10  # [ours]
     "how many steps --trace records"
+
+
+@dataclass
+class DataFlags:
+    """Model and data."""
+
     model: str | None = None
     "a Hugging Face folder to start from; default: a tiny model, pre-trained there and then"
     data: list[str] | None = None
@@ -832,7 +832,7 @@ class RunFlags:
 
 @dataclass
 class Optimization:
-    """Loss, optimization, precision and memory."""
+    """Loss and optimization."""
 
     loss: Literal["dpo", "ipo", "hinge", "orpo"] | None = None  # [code] has dpo and orpo
     "the loss on the pairs; default: dpo, and orpo for --method orpo"
@@ -864,6 +864,12 @@ class Optimization:
     "weight of an added NLL term on the chosen side, per response token"
     orpo_lambda: Weight = 0.05  # [code]
     "weight of ORPO's odds-ratio term"
+
+
+@dataclass
+class Hardware:
+    """Precision and memory."""
+
     precision: Literal["fp32", "medium", "bf16"] = "fp32"  # [ours]; [code] has bf16
     "of the computation; weights and optimizer are fp32; medium: fp32, but faster matmuls of bf16"
     activation_checkpointing: bool = False
@@ -871,15 +877,15 @@ class Optimization:
     compile: bool = False
     "compile each block with torch.compile; the first steps then take a minute or more"
 
+
+@dataclass
+class Config(sgpo.Settings, sapo.Settings, Hardware, Optimization, DataFlags, RunFlags):
+    """Every flag: what a run reads whatever its method, and the methods' own."""
+
     @property
     def nll(self) -> float:
         """The weight of the NLL on the chosen side: SFT is that alone, ORPO has it."""
         return 1.0 if self.loss in (None, "orpo") else self.nll_weight
-
-
-@dataclass
-class Config(sgpo.Settings, sapo.Settings, Optimization, RunFlags):
-    """Every flag: what a run reads whatever its method, and the methods' own."""
 
 
 TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
@@ -947,8 +953,8 @@ def parse_args(argv: Sequence[str]) -> Config:
 
 def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
     """The flags that were given, and that neither the method nor its loss or optimizer reads."""
-    kinds = [k for k in (RunFlags, Optimization, SOURCES[c.method][1]) if k is not None]
-    read = {f.name for kind in kinds for f in dataclasses.fields(kind)}
+    kinds = (RunFlags, DataFlags, Optimization, Hardware, SOURCES[c.method][1])
+    read = {f.name for kind in kinds if kind for f in dataclasses.fields(kind)}
     asking = "target_model target_workers target_instruction "
     phase_1 = asking + "target_source improver_epochs improver_lr improver_mix fence_k fence_given"
     idle = {
@@ -977,6 +983,7 @@ def check(c: Config) -> Config:
         c.target_source = c.target_source or ("tasks" if c.data is None else "gold")
     server = target_server(c)
     sapo_buffer = c.replay_capacity if c.method == "sapo" else c.batch_size
+    rounds = c.rounds if issubclass(SOURCES[c.method][1] or object, sapo.Rounds) else 1
     segment = int(c.segment_length) if c.segment_length.isdecimal() else 0
     asked = {"improver": c.improver_instruction, "target": c.target_instruction}
     parts = [(name, part) for name in asked for part in ("{prompt}", "{answer}")]
@@ -998,9 +1005,10 @@ def check(c: Config) -> Config:
         (server and not c.target_model, "a --target-source that is a URL needs --target-model too"),
         (c.method == "sgpo" and c.target_source == "tasks" and c.data is not None,
          "--target-source tasks mends the built-in tasks, and --data is given"),
-        (c.keep_identical and c.loss != "orpo" and not c.nll_weight,
+        (c.method == "sgpo" and c.keep_identical and c.loss != "orpo" and not c.nll_weight,
          "--keep-identical is for --loss orpo or --nll-weight: no other loss learns"),
-        (lacking, "; ".join(lacking)),
+        (c.method == "sgpo" and lacking, "; ".join(lacking)),
+        (max(len(c.lr), len(c.beta)) > rounds, "--lr and --beta have more values than rounds"),
     )  # fmt: skip
     for applies, message in wrong:
         if applies:
@@ -1013,7 +1021,7 @@ def check(c: Config) -> Config:
 def target_server(c: Config) -> data.TargetServer | None:
     """The server of --target-source, where that is a URL. InputError for a wrong one or its key."""
     url, key = (c.target_source or "").rstrip("/"), os.environ.get("OPENAI_API_KEY", "").strip()
-    if c.method != "sgpo" or not url.startswith(("http://", "https://")):
+    if c.method != "sgpo" or not url.lower().startswith(("http://", "https://")):
         return None
     return data.TargetServer(url, c.target_model or "", key or None, c.target_workers)
 
@@ -1064,7 +1072,8 @@ def run(c: Config, ranks: Ranks) -> None:
     if c.resume and (out / "final").exists():
         print(f"{out} holds a finished run: nothing to resume")
         return
-    saved = lm.read_json(out / "args.json") if c.resume and (out / "args.json").is_file() else {}
+    args = out / "args.json"
+    saved = lm.read_json(args) if c.resume and args.is_file() and not args.is_symlink() else {}
     c.date = c.date or saved.get("date", datetime.datetime.now().isoformat(timespec="seconds"))
     date = datetime.datetime.fromisoformat(c.date or "")
     with tempfile.TemporaryDirectory() as folder:
@@ -1151,13 +1160,11 @@ def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, 
     """Takes --out for this run, or on resume checks that the run in it was started alike."""
     out, now = Path(c.out), dataclasses.asdict(c)
     found = {name: functools.reduce(hash_seed, rows, 0) for name, rows in read.items()}
-    own = (
-        "start control metrics.jsonl final checkpoints improver improver_targets.jsonl pairs.jsonl"
-    )
+    made = "start control metrics.jsonl final checkpoints improver improver_targets.jsonl"
     for path in out.iterdir() if out.is_dir() else ():
         if path.is_symlink():
             raise InputError(f"--out {out} holds a symbolic link, {path.name}: take another folder")
-    taken = [name for name in own.split() if (out / name).exists()]
+    taken = [name for name in [*made.split(), "pairs.jsonl"] if (out / name).exists()]
     if taken and not c.resume:
         raise InputError(f"--out {out} holds {taken[0]} of another run: --resume or another folder")
     if taken and not saved:
@@ -1174,7 +1181,9 @@ def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, 
     def write() -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            write_text(out / "args.json", json.dumps(now | {"inputs": found}, indent=2) + "\n")
+            if not c.resume:  # of a run that was stopped before it left anything else
+                (out / ".generated.jsonl").unlink(missing_ok=True)
+            write_rows(out / "args.json", [now | {"inputs": found}])
         except OSError as error:
             raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
 
@@ -1250,7 +1259,7 @@ def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files:
     if files.ranks.first:
         told = f"{report['targets']} targets, and {report['too_long']} too long; "
         print(f"{told}{report['dropped']} beyond the fence, {report['fence']}", flush=True)
-        write_text(note, json.dumps({"steps": source.bounds[-1]} | report, indent=1) + "\n")
+        write_rows(note, [{"steps": source.bounds[-1]} | report])
     phase = dataclasses.replace(files, final=folder, phase="improver", on_tasks=False, eval_rows=())
     fit(alone, learner, source, phase)
     return source.bounds[-1]

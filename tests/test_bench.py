@@ -7,14 +7,15 @@ import re
 import sys
 import types
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from helpers import BENCH, ROOT, script
+from helpers import BENCH, GOLDEN, ROOT, script
 
-from data import check_answer, right_answer
+from data import Example, Pair, check_answer, load_tokenizer, right_answer
 
 
 def tables(text: str) -> list[list[dict[str, str]]]:
@@ -137,6 +138,46 @@ def test_sapo_prints_its_phases_and_how_they_grow(capsys: pytest.CaptureFixture[
     assert [next(iter(table[0])) for table in growth] == [
         "segment length", "batch", "vocabulary", "number of layers", "hidden size",
     ]  # fmt: skip
+
+
+def test_the_precision_medium_errs_no_more_than_bf16_rounds_and_is_set_back() -> None:
+    medium = script("medium")
+    error, speed = medium.medium("cpu", 64)
+    assert 0 <= error < 2**-8 and speed > 0
+    assert medium.torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_judge_says_what_is_worked_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, right, wrong = script("judge"), "a-b > ba", "a-b > ab"
+    pairs = [(right, wrong), (right, wrong), (wrong, right), (wrong, "a-b")]  # chosen, rejected
+    rows = [{"round": 0, "prompt": "reverse ab", "chosen": a, "rejected": b} for a, b in pairs]
+    args = asdict(judge.train.Config()) | {"inputs": {}}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    lines = [json.dumps(row) + "\n" for row in [*rows, rows[0] | {"round": 1}]]
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    assert judge.judge(tmp_path) == {
+        0: {"right_before": 0.25, "right_after": 0.5, "mended": 0.5, "spoilt": 0.25},
+        1: {"right_before": 0.0, "right_after": 1.0, "mended": 1.0, "spoilt": 0.0},
+    }
+
+    # a model to which a response is less likely by a nat for each token before it: behind an answer
+    # shorter by 4 bytes the gold, 8 bytes and EOS, gains 4 / 9 a token; behind one longer by 2 it
+    # loses 2 / 9. The third prompt has no gold, and the fourth pair does not fit.
+    def logps(model: None, pairs: Sequence[Pair]) -> list[Any]:
+        return [judge.torch.tensor([-float(len(pair.prompt)) for pair in pairs])]
+
+    monkeypatch.setattr(judge, "pair_logprobs", logps)
+    asked = [("reverse ab", "1234", "12345678"), ("reverse ab", "123456", "1234")]
+    asked += [("reverse abc", "1", "12"), ("reverse ab", "1", "1" * 99)]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in asked]
+    golds = [Example(({"role": "user", "content": "reverse ab"},), right, None, "row 1")]
+    golds += [Example(({"role": "user", "content": "reverse abc"},), "", None, "row 2")]
+    c = judge.train.Config(max_length=50, improver_instruction="{prompt} | {answer}")
+    told = judge.by_gold(rows, golds, None, load_tokenizer(GOLDEN / "start"), c)
+    assert told == {"gold_better": 0.5, "gold_gain": pytest.approx((4 - 2) / 9 / 2)}
+    assert judge.by_gold(rows, golds[1:], None, load_tokenizer(GOLDEN / "start"), c) == {}
 
 
 def words(picture: Path) -> list[ElementTree.Element]:

@@ -65,6 +65,8 @@ def test_a_run_is_known_by_all_that_its_result_depends_on_and_by_nothing_else():
     ]  # fmt: skip
     assert len({other.key for other in [run, *others]}) == 1 + len(others)
     assert replace(run, arm=replace(arm, seconds=9.0)).key == run.key
+    assert methods.Run(methods.Arm(), 1e-4, 1, "test").key == "7bfb7bb552f212e3"  # as ever
+    assert not [k for k, v in methods.SELF_IMPROVER.items() if methods.train.TASKS.get(k) == v]
 
 
 def test_what_is_in_the_file_is_not_run_again_and_a_line_cut_off_is(tmp_path: Path):

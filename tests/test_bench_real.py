@@ -17,8 +17,8 @@ ROWS = str(GOLDEN / "rows.jsonl")
 
 
 def flags(out: Path, *more: str) -> list[str]:
-    common = "--steps 4 --batch-size 2 --max-length 256 --segment-length 4 --max-new-tokens 8"
-    common += " --held-out 6 --answers 5 --answer-tokens 12 --lr 1e-3"
+    common = "--steps 4 --batch-size 2 --max-length 256 --segment-length 4 --max-new-tokens 24"
+    common += " --held-out 6 --answers 5 --answer-tokens 12 --lr 1e-3 --lr-of sgpo-gold=1e-6"
     files = ["--data", ROWS, "--pairs", ROWS, "--out", str(out), "--model", str(GOLDEN / "start")]
     return [*common.split(), *files, *more]
 
@@ -116,6 +116,15 @@ def test_all_arms_train_and_are_measured_once(
     assert steps["sgpo-gold"] == "2" and steps["sgpo-gold: improver"] == str(improver)
     assert found["sgpo-gold"] == 2 + improver <= 4
     assert {"`replay/age`", "`segment/kl`", "`seam/logps - new`"} <= logs.keys()
+    for name, arms in {
+        "`segment/ended`": ["sapo-dpo", "sapo-orpo", "spin", "sgpo-gold"],
+        "`segment/unended`": ["sapo-dpo", "sapo-orpo", "spin", "sgpo-gold"],
+        "`improve/cut`": ["sgpo-gold"], "`improve/gold_better`": ["sgpo-gold"],
+    }.items():  # fmt: skip
+        shares = dict(zip(logs[""], logs[name], strict=True))
+        assert [arm for arm, cell in shares.items() if cell != "-"] == arms
+        assert all(0 <= float(shares[arm]) <= 1 for arm in arms)
+    assert (tmp_path / "report.md").read_text() in printed
     text = (tmp_path / "answers.md").read_text()
     assert text.count("## ") == 5 and text.count("**spin**") == 5
 

@@ -42,7 +42,7 @@ TIE = 1e-3  # of two logits, in fp32
 
 
 class Ours:
-    """The product's model as a trainer holds it, and its `generate`."""
+    """The product's model as a learner holds it, and its `generate`."""
 
     def __init__(self, folder: Path, device: str, precision: str) -> None:
         config = train.parse_args(["--data", "none", "--precision", precision])

@@ -30,17 +30,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a process a core; and sums that do not depend on the cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import judge
 import open_ended
 import torch
 
 import data
 import sample
 import sapo
-import sgpo
 import train
 from data import Example
 from model import Transformer, generate, hash_seed, pair_logprobs
@@ -87,8 +88,7 @@ class Run:
     @property
     def title(self) -> str:
         """What a person is told."""
-        usual = train.TASKS_SGPO | {"target_source": "tasks"}
-        said = {k: v for k, v in self.arm.flags.items() if usual.get(k) != v}
+        said = {k: v for k, v in self.arm.flags.items() if SELF_IMPROVER.get(k) != v}
         told = " ".join(f"{k}={v}" for k, v in said.items())
         where = self.arm.rows if self.arm.tasks == "built-in" else f"open, {self.arm.rows}"
         return f"{self.arm.how} {told} ({where}) rate {self.rate:g} seed {self.seed}"
@@ -114,6 +114,8 @@ class Run:
 
 
 Arms = dict[str, Arm]
+SELF_IMPROVER = {k: v for k, v in train.TASKS_SGPO.items() if train.TASKS.get(k) != v}
+SELF_IMPROVER |= {"target_source": "tasks"}
 
 
 def sft(steps: int, **more: Any) -> Arm:
@@ -144,7 +146,7 @@ def improver_and(name: str, second: Sequence[str], more: Mapping[str, Any], **ar
     "greedy nll": SFT on all of the improver's own greedy answers to the same prompts, which shows
     what mere sharpening does.
     """
-    flags = train.TASKS_SGPO | {"target_source": "tasks"} | dict(more)
+    flags = SELF_IMPROVER | dict(more)
     orpo = flags | {"loss": "orpo", "orpo_lambda": 1.0}
     kept = orpo | {"gate": True, "keep_identical": True}
     phases = {
@@ -228,10 +230,11 @@ def untrained(arms: Mapping[str, Arm], seed: int, split: str) -> Run:
 
 
 def config_of(run: Run) -> train.Config:
-    """The run's flags, checked as train.py does."""
-    values: dict[str, Any] = train.TASKS | run.arm.flags
+    """The run's flags, as train.py finds and checks them."""
+    method = run.arm.flags.get("method", train.Config.method)
+    values: dict[str, Any] = train.OWN.get(method, {}) | train.TASKS | run.arm.flags
     rate = run.rate or 1.0  # 0: the start itself, which is not trained
-    values |= {"lr": rate, "improver_lr": rate, "seed": run.seed, "log_every": 10**6}
+    values |= {"lr": [rate], "improver_lr": rate, "seed": run.seed, "log_every": 10**6}
     return train.check(train.Config(**values))
 
 
@@ -264,43 +267,36 @@ def self_labelled(run: Run, model: Transformer, tokenizer: data.Tokenizer) -> li
     return [replace(e, response=text, rejected=None) for e, text in both if text.strip()]
 
 
-def asks_of(examples: Sequence[Example], tokenizer: data.Tokenizer, gold: bool) -> list[sgpo.Ask]:
-    """Prompts for SGPO, with their gold responses or without."""
-    pairs = [data.encode_example(tokenizer, e) for e in examples]
-    return [
-        sgpo.Ask(e.messages, e.response * gold, pair.prompt, pair.chosen * gold)
-        for e, pair in zip(examples, pairs, strict=True)
-    ]
-
-
 @contextlib.contextmanager
 def metered() -> Iterator[tuple[collections.Counter[str], dict[str, list[float]]]]:
-    """Counts tokens in all trainers within, and keeps what their steps log; `rejected/as_good` is
-    the share of SAPO's and SPIN's new pairs of unequal sides whose rejected one the checker finds
-    as good as the chosen one, or better."""
+    """Counts the tokens of all that is trained within, and keeps what the steps log;
+    `rejected/as_good` is the share of SAPO's and SPIN's new pairs of unequal sides whose rejected
+    one the checker finds as good as the chosen one, or better."""
     tokens: collections.Counter[str] = collections.Counter()
     logged: dict[str, list[float]] = collections.defaultdict(list)
-    step, write = train.Trainer.step, train.Trainer.generate
+    step, write = train.step, train.Learner.generate
 
-    def counted_step(self: train.Trainer, t: int) -> dict[str, float]:
-        row = step(self, t)
+    def counted_step(c: train.Config, learner: train.Learner, source: Any, t: int) -> Any:
+        pairs, table, row = step(c, learner, source, t)
         for key, value in row.items():
             if key in ("tokens/policy", "tokens/reference"):
                 tokens[key] += int(value)
             elif key.startswith(("improve/", "rewards/", "pairs/", "logps/", "segment/", "loss")):
                 logged[key].append(value)
-        if isinstance(self.source, sapo.SAPO | sapo.SPIN):
-            logged["rejected/as_good"] += as_good(self.source.fresh, self.job.tokenizer)
-        return row
+        if isinstance(source, sapo.SAPO | sapo.SPIN):
+            logged["rejected/as_good"] += as_good(source.fresh, learner.tokenizer)
+        return pairs, table, row
 
-    def counted_write(self: train.Trainer, *args: Any, **named: Any) -> Any:
+    def counted_write(self: train.Learner, *args: Any, **named: Any) -> Any:
         new = write(self, *args, **named)
-        tokens["generated"] += sum(map(len, new[0]))
+        tokens["generated"] += sum(len(answer) for answer, _ in new)
         return new
 
-    train.Trainer.step, train.Trainer.generate = counted_step, counted_write  # type: ignore[method-assign]
-    yield tokens, logged
-    train.Trainer.step, train.Trainer.generate = step, write  # type: ignore[method-assign]
+    with (
+        mock.patch.object(train, "step", counted_step),
+        mock.patch.object(train.Learner, "generate", counted_write),
+    ):
+        yield tokens, logged
 
 
 def as_good(pairs: Iterable[data.Pair], tokenizer: data.Tokenizer) -> list[float]:
@@ -327,24 +323,28 @@ def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
     folder, start = out / "runs" / run.key, start_of(run, out)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut
     folder.mkdir(parents=True)
-    config, tokenizer, ranks = config_of(run), data.load_tokenizer(start), train.Ranks()
-    base = out / "runs" / run.base.key / "final" if run.base else start
+    c, tokenizer, ranks = config_of(run), data.load_tokenizer(start), train.Ranks()
+    c.out, base = str(folder), out / "runs" / run.base.key / "final" if run.base else start
     model = Transformer.from_pretrained(base)
     began = time.process_time()
-    job = train.Job(base, [], [], tokenizer, folder / "metrics.jsonl", folder / "final")
+    files = train.Files(ranks, tokenizer, folder / "metrics.jsonl", folder / "final", c.method)
     with metered() as (tokens, logged), contextlib.redirect_stdout(io.StringIO()):
         if run.arm.how == "improver":
-            train.train_improver(config, job, ranks, asks_of(gold_rows(run), tokenizer, True))
+            asks = [(e, data.encode_example(tokenizer, e)) for e in gold_rows(run)]
+            train.train_improver(c, base, {"--data": asks}, files)
             (folder / "improver").rename(folder / "final")
         elif run.rate:
-            if config.method == "sgpo":
-                job.asks, job.on_tasks = asks_of(unlabelled(run), tokenizer, False), True
-            else:
-                greedy = run.arm.how == "greedy"
-                examples = self_labelled(run, model, tokenizer) if greedy else gold_rows(run)
-                job.rows = [data.encode_example(tokenizer, example) for example in examples]
-                tokens["generated"] += greedy * sum(len(row.chosen) for row in job.rows)
-            train.Trainer(config, job, ranks).train()
+            greedy, alone = run.arm.how == "greedy", c.method == "sgpo"  # alone: prompts
+            examples = unlabelled(run) if alone else gold_rows(run)
+            if greedy:
+                examples = self_labelled(run, model, tokenizer)
+            pairs = [data.encode_example(tokenizer, example) for example in examples]
+            tokens["generated"] += greedy * sum(len(pair.chosen) for pair in pairs)
+            kind = train.SOURCES[c.method][0]
+            roles = dict.fromkeys([*kind.roles, *["reference"] * sapo.compares(c)])
+            learner = train.Learner(c, base, tokenizer, ranks, *roles)
+            rows = [*zip(examples, pairs, strict=True)] if alone else pairs
+            train.fit(c, learner, kind(rows, learner), files)
     told: dict[str, Any] = {"seconds": 0.0}  # of the start itself
     if run.rate:
         told["seconds"] = time.process_time() - began
@@ -352,6 +352,8 @@ def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
     told |= measure(model, tokenizer, run.seed, run.split) | {"generated": tokens["generated"]}
     told |= {"computed": tokens["tokens/policy"] + tokens["tokens/reference"]}
     means = {key: statistics.fmean(values) for key, values in logged.items() if values}
+    shares = judge.by_checker([*train.json_lines(folder / "pairs.jsonl")])
+    means |= {f"improve/{key}": share for key, share in shares.items()}
     return told | {"logged": means}
 
 
@@ -380,11 +382,14 @@ def pretrain(run: Run, out: Path) -> None:
     """The run's start in OUT/starts, as the embedded default makes it."""
     torch.set_num_threads(1)
     start = start_of(run, out)
-    start.parent.mkdir(parents=True, exist_ok=True)
-    config = train.parse_args(["--seed", str(run.seed)])
+    data.write_task_tokenizer(start.parent)
+    config, tokenizer = (
+        train.parse_args(["--seed", str(run.seed)]),
+        data.load_tokenizer(start.parent),
+    )
     is_open = run.arm.tasks == "open"
     with open_ended.stand_in(is_open), contextlib.redirect_stdout(io.StringIO()):
-        train.pretrain(config, start, train.load_tokenizer(config), train.Ranks())
+        train.pretrain(config, start, tokenizer, train.Ranks())
 
 
 # -------------------------------------------------------------------------------- many, and resume
@@ -397,7 +402,7 @@ class Results:
         self.out, self.file, self.workers = out, out / "results.jsonl", workers
         out.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, dict[str, float]] = {}
-        for _, row in train.json_lines(self.file):  # leaves out a line that a kill has cut off
+        for row in train.json_lines(self.file):  # leaves out a line that a kill has cut off
             self.known[row["key"]] = row["told"]
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:

@@ -98,7 +98,7 @@ class TRL:
     def rows(self, pairs: Sequence[Pair], kept: bool) -> list[dict[str, Any]]:
         """Pairs as TRL's data sets hold them: tokenized, and with precompute_ref_log_probs beside
         the log-probs that TRL's own function computes at the start."""
-        rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in pairs]
+        rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r, *_ in pairs]
         if not kept:
             return rows
         if id(pairs) not in self.known:

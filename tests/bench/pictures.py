@@ -23,15 +23,17 @@ from xml.sax.saxutils import escape
 os.environ["OMP_NUM_THREADS"] = "1"  # sums that do not depend on the cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import judge
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 
 import data
 import sample
 import sapo
-from model import Transformer, open_safetensors
-from train import orpo_loss
+import train
+from model import Transformer
 
 FOLDER = Path(__file__).with_suffix("")
 STEPS = range(0, 121, 20)  # of the accuracies; the recipe's 120 steps
@@ -70,10 +72,11 @@ class Runs:
         folder.mkdir(parents=True, exist_ok=True)
         for file, (said, out) in made.items():
             if not file.exists():
+                if (out / "args.json").exists():  # it was cut, and has its first step's trace
+                    said = re.sub(r" --trace \S+", "", said) + " --resume"
                 words = ["train.py", *said.split(), "--seed", str(seed), "--out", str(out)]
                 print("python", *words, flush=True)
-                words = [sys.executable, *words, "--resume"]
-                subprocess.run(words, cwd=FOLDER.parents[2], check=True)
+                subprocess.run([sys.executable, *words], cwd=FOLDER.parents[2], check=True)
 
     def curves(self, run: str, phase: str, key: str) -> list[list[tuple[float, float]]]:
         """For each seed (last step in the phase, mean) of each BIN rows of metrics.jsonl."""
@@ -103,11 +106,11 @@ class Runs:
         """The first pair that the first seed's run of SAPO made, of those in which A, B and C all
         have tokens, C is still there behind B', and B' differs from B."""
         folder = self.out / str(self.seeds[0])
-        with open_safetensors(folder / "sapo.safetensors") as file:
-            keys = ("tokens", "lengths", "bounds", "logp")
-            made: Any = sapo.unpack({key: file.get_tensor(f"fresh/{key}") for key in keys})
+        traced = load_file(folder / "sapo.safetensors")
+        keys = ("tokens", "lengths", "bounds", "logp")
+        made: Any = sapo.unpack({key: traced[f"fresh/{key}"] for key in keys})
         for pair in made:
-            start, stop, new_stop = pair.bounds
+            start, stop, new_stop, _ = pair.cut
             whole = start > 0 and stop < len(pair.chosen) and new_stop < len(pair.rejected)
             if whole and pair.chosen != pair.rejected:
                 return pair, data.load_tokenizer(folder / "sapo" / "final")
@@ -120,7 +123,7 @@ class Runs:
 def draw_pair(runs: Runs) -> str:
     """The general idea, whose boxes are the legend too, over a pair token by token."""
     pair, tokenizer = runs.pair()
-    start, stop, _ = pair.bounds  # B' is as long as B where C is left
+    start, stop, *_ = pair.cut  # B' is as long as B where C is left
     prompt = re.sub(r"<\|\w+\|>", "", tokenizer.decode(pair.prompt))
     arrow = "M154 46V68H400V94M395 87L400 95L405 87M266 46V68"
     shapes = [
@@ -233,10 +236,8 @@ def draw_sgpo(runs: Runs) -> Figure:
     for phase, title in titles.items():
         draw_curves(axes[phase], runs.curves("sgpo", phase, "loss"), color=BLUE)
         axes[phase].set(title=title, xlabel="step")
-    mended, spoilt = (
-        [100 * curve[0][1] for curve in runs.curves("sgpo", "sgpo", f"improve/{key}")]
-        for key in ("mended", "spoilt")
-    )
+    judged = [judge.judge(runs.out / str(seed) / "sgpo")[0] for seed in runs.seeds]
+    mended, spoilt = ([100 * told[key] for told in judged] for key in ("mended", "spoilt"))
     rest = [100 - a - b for a, b in zip(mended, spoilt, strict=True)]  # two texts: one is right
     labels = ("wrong to\nright", "right to\nwrong", "wrong to\nwrong")
     draw_bars(axes["pairs"], labels, {"": [mended, spoilt, rest]})
@@ -254,10 +255,12 @@ def draw_sgpo(runs: Runs) -> Figure:
 def draw_losses(_: Any = None) -> Figure:
     """The losses by the margin, and how hard each pulls there."""
     figure, axes = panels(250, [["loss", "pull", "orpo"]], "The losses by the margin, β = 0.1")
+    c = train.Config()
     for kind in ("dpo", "ipo", "hinge"):
         gap = torch.linspace(-20, 30, 251, dtype=torch.float64, requires_grad=True)
         zero, one = torch.zeros_like(gap), torch.ones_like(gap)
-        losses = sapo.pair_loss(kind, (gap, zero, one, one), (zero, zero), 0.1, 0.0, 0.05)[0]
+        c.loss = kind  # type: ignore[assignment]
+        losses = sapo.pair_loss(c, 0.1, (gap, zero, one, one), (zero, zero))[0]
         (slope,) = torch.autograd.grad(losses.sum(), gap)
         x, unit = gap.detach(), losses[100].detach()  # at a margin of 0
         axes["loss"].plot(x, losses.detach() / unit, label=kind, linewidth=2)
@@ -268,7 +271,7 @@ def draw_losses(_: Any = None) -> Figure:
     for middle in (-4.0, -1.0, -0.25):
         reach = min(4.0, -2 * middle)
         x = torch.linspace(-reach, reach, 161, dtype=torch.float64)
-        y = orpo_loss(middle + x / 2, middle - x / 2, 0.05)
+        y = sapo.orpo_loss(middle + x / 2, middle - x / 2, 0.05)
         axes["orpo"].plot(x, y, linewidth=2, label=f"around {middle:g}")
     axes["orpo"].set(title="orpo's odds-ratio term, λ = 0.05", ylim=(0, 0.4))
     axes["orpo"].set_xlabel("margin of mean log-probs, nats per token")

@@ -3,9 +3,10 @@
     python tests/bench/real.py --data rows.jsonl --pairs pairs.jsonl --out DIR
     python tests/bench/real.py --data rows.jsonl --pairs pairs.jsonl --out DIR --only sft sapo-dpo
 
---data has good responses; --pairs has a weak model's as well, as `rejected`. Some of the pairs are
-held out, the same whatever the seed: no arm sees their prompts. Each arm is a call of train.py; one
-that is in DIR is not run again, and one that was cut goes on. The start is SmolLM2-135M-Instruct.
+The tables are also in DIR/report.md, answers in DIR/answers.md. --data has good responses; --pairs
+has a weak model's as well, as `rejected`. Some of the pairs are held out, the same whatever the
+seed: no arm sees their prompts. Each arm is a call of train.py; one that is in DIR is not run
+again, and one that was cut goes on. The start is SmolLM2-135M-Instruct.
 
 All arms have one learning rate and as many gradient steps, but that SGPO has fewer by the targets
 that its fence drops. The default rate, 1e-5 under RMSprop, is chosen to move a model of this size
@@ -28,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this folder has a sapo.py too
 
+import judge
 import torch
 from smollm2 import smollm2_folder
 
@@ -40,7 +42,7 @@ ARMS = {
     "sft": "--method sft",
     "sapo-dpo": "--method sapo",
     "sapo-orpo": "--method sapo --loss orpo",
-    "spin": "--method spin --iterations 2",
+    "spin": "--method spin --rounds 2",
     "sgpo-gold": "--method sgpo --target-source gold --improver-epochs 1",
 }
 # Seconds of a step with the defaults, for the estimate alone: half of the CPU time that one thread
@@ -119,7 +121,8 @@ def flags_of(arm: str, args: argparse.Namespace) -> list[str]:
     said: dict[str, Any] = {
         "model": args.model, "data": args.out / "rows.jsonl", "lr": rate, "steps": args.steps,
         "batch_size": args.batch_size, "max_length": args.max_length, "seed": args.seed,
-        "log_every": 1, "save_every": args.save_every, "keep": 1, "beta": BETA,
+        "log_every": 1, "save_every": args.save_every, "keep": 1,
+        "optimizer": "rmsprop", "schedule": "linear",
     }  # fmt: skip
     if arm.startswith("sapo"):
         said["segment_length"] = args.segment_length
@@ -326,16 +329,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name} is done", flush=True)
     text = answers_text(held_out[: min(SHOWN, args.answers)], found, tokenizer)
     (args.out / "answers.md").write_text(text, encoding="utf-8")
-    start, logs = found["start"], {}
+    start, logs, eos_ids = found["start"], {}, tokenizer.eos_ids
     for arm in args.only:
         for phase, column in logged(args.out / arm / "metrics.jsonl").items():
             logs[f"{arm}: {phase}" if phase == "improver" else arm] = column
-    print(f"\n{len(held_out)} held-out pairs, mean ± standard error, changes against the start:\n")
-    print(table({name: preferences(told, start) for name, told in found.items()}))
-    print(f"\n{args.answers} greedy answers, cut at {args.answer_tokens} tokens:\n")
-    eos_ids = tokenizer.eos_ids
-    print(table({name: answering(told, start, eos_ids) for name, told in found.items()}))
-    print(f"\nlogged, means over the steps:\n\n{table(logs)}")
+        if (args.out / arm / "pairs.jsonl").exists():
+            look = partial(judge.judge, args.out / arm)
+            worth = once(args.out / f"{arm}.judged.json", [*flags_of(arm, args), digest], look)
+            logs[arm] |= {f"`improve/{key}`": f"{x:.4g}" for key, x in worth["0"].items()}
+    parts = [
+        f"{len(held_out)} held-out pairs, mean ± standard error, changes against the start:",
+        table({name: preferences(told, start) for name, told in found.items()}),
+        f"{args.answers} greedy answers, cut at {args.answer_tokens} tokens:",
+        table({name: answering(told, start, eos_ids) for name, told in found.items()}),
+        "logged, means over the steps that have a value; what the improvements are worth:",
+        table(logs),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    (args.out / "report.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}")
 
 
 if __name__ == "__main__":

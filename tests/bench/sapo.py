@@ -4,7 +4,7 @@
     python tests/bench/sapo.py --device cuda --size llama3b --precision bf16
     python tests/bench/sapo.py --no-growth --ref-update-every 108      # other flags are train.py's
 
-A step is train.Trainer.step with --method sapo on rows of random tokens: the EMA's update, segments
+A step is train.step with --method sapo on rows of random tokens: the EMA's update, segments
 that the EMA writes anew, the replay buffer, the reference's log-probs, the policy's two passes, the
 optimizer. The phases are those of the step's own row, `seconds/...`; "rest" is what no phase has.
 
@@ -51,7 +51,7 @@ def make_rows(shape: shapes.Shape, count: int) -> list[Pair]:
 
 
 class Ours:
-    """The product's trainer; `rows` collects the row of each step."""
+    """The product; `rows` collects the row of each step."""
 
     def __init__(self, args: Any, folder: Path, setup: Setup, precision: str, more: Any) -> None:
         shape, batch = setup["shape"], setup["batch"]
@@ -61,13 +61,13 @@ class Ours:
         flags += ["--precision", precision, "--ref-update-every", 1000]
         flags += ["--activation-checkpointing"] * (shape.body > 5e8)
         rows, ranks = make_rows(shape, 8 * batch), shapes.Machine(args.device)
-        self.trainer = shapes.trainer(folder, rows, ranks, [*flags, *more])
-        self.t, self.rows = 0, []  # type: ignore[var-annotated]
+        self.source = shapes.source_of(sapo.SAPO, folder, rows, ranks, [*flags, *more])
+        self.t, self.rows = 0, list[dict[str, float]]()
 
     def step(self) -> None:
         """One update."""
         began = time.perf_counter()
-        row = self.trainer.step(self.t)
+        row = shapes.step(self.source, self.t)
         row["seconds/rest"] = time.perf_counter() - began
         row["seconds/rest"] -= sum(v for k, v in row.items() if k[8:] in PHASES[:-1])
         self.rows.append(row)

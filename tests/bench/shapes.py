@@ -22,6 +22,7 @@ import data  # noqa: E402
 import model as lm  # noqa: E402
 import train  # noqa: E402
 from data import Pair  # noqa: E402
+from sapo import Source, compares  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,18 @@ class Machine(train.Ranks):
         return self.last
 
 
-def trainer(folder: Path, rows: list[Pair], ranks: Machine, flags: Sequence[object]) -> Any:
-    """A trainer of the product's, as train.py makes it, on rows of tokens."""
+def source_of(
+    kind: type[Source], folder: Path, rows: list[Pair], ranks: Machine, flags: Sequence[object]
+) -> Any:
+    """A source of the product's on rows of tokens, handed a learner as train.py makes it."""
     argv = ["--model", folder, "--data", "none", "--schedule", "constant", "--warmup", 0, *flags]
     config = train.parse_args([*map(str, argv)])
+    roles = dict.fromkeys([*kind.roles, *["reference"] * compares(config)])
     tokenizer = data.load_tokenizer(folder)
-    job = train.Job(folder, rows, [], tokenizer, folder / "metrics.jsonl", folder / "final")
-    return train.Trainer(config, job, ranks)
+    return kind(rows, train.Learner(config, folder, tokenizer, ranks, *roles))
+
+
+def step(source: Source, t: int) -> dict[str, float]:
+    """The product's step from t to t + 1; its row."""
+    learner: Any = source.run
+    return train.step(learner.config, learner, source, t)[2]

@@ -30,17 +30,17 @@ def status() -> tuple[float, int, int]:
 
 def main() -> None:
     """Runs train.py with a tap on its steps."""
-    step = train.Trainer.step
+    step = train.step
 
-    def tapped(self: Any, t: int) -> Any:
-        every = max(1, self.steps // 10)
-        if t % every == 0 or t == self.steps - 1:
+    def tapped(c: train.Config, learner: train.Learner, source: Any, t: int) -> Any:
+        last = source.bounds[-1] - 1
+        if t % max(1, (last + 1) // 10) == 0 or t == last:
             memory, handles, objects = status()
             told = f"{memory:8.1f} MiB {handles:4} handles {objects:8} objects"
-            print(f"{self.job.phase:9} step {t:6} {told}", flush=True)
-        return step(self, t)
+            print(f"{c.method:4} step {t:6} {told}", flush=True)
+        return step(c, learner, source, t)
 
-    train.Trainer.step = tapped  # type: ignore[method-assign]
+    train.step = tapped
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--model", str(GOLDEN / "start"), "--data", str(GOLDEN / "rows.jsonl")]
         flags += ["--out", f"{folder}/run", "--steps", "2000", "--batch-size", "4"]

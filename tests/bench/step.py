@@ -11,7 +11,7 @@ sides begin with the same random weights and take the same pairs. The sides:
     TRL    DPOTrainer: its collator, its training_step, its clipping, its optimizer's step, as the
            loop of its `train` calls them, without the callbacks, the logging and the schedule. No
            recomputation. For bf16 its step runs in the autocast that accelerate would put there
-    ours   train.Trainer.step with --method dpo
+    ours   train.step with --method dpo
 
 "fresh": the pairs are new in every step. "kept": the same pairs come again under the same
 reference, whose log-probs of them are known: ours keeps them by itself, the loop is given a dict,
@@ -40,24 +40,21 @@ import shapes
 import torch
 from peers import BETA, CLIP, TRL, Loop
 
-import sapo
 from data import Pair
 from model import common_prefix
+from sapo import Source
 
 
-class Given(sapo.Static):
-    """A source of the pairs that it is given."""
-
-    pairs: Sequence[Pair] = ()
+class Given(Source):
+    """A source whose steps take all of its rows."""
 
     def before_step(self, t: int) -> list[Pair]:
-        """Those pairs."""
-        self.picked = list(range(len(self.pairs)))
-        return list(self.pairs)
+        """Those rows."""
+        return list(self.rows)
 
 
 class Ours:
-    """The product's trainer, a step at a time."""
+    """The product, a step at a time."""
 
     def __init__(
         self, folder: Path, device: str, large: bool, lr: float, precision: str, more: Any
@@ -66,13 +63,12 @@ class Ours:
         flags = ["--method", "dpo", "--steps", 10**6, "--lr", lr, "--beta", BETA]
         flags += ["--max-grad-norm", CLIP, "--precision", precision, "--micro-batch-size", 8]
         flags += ["--activation-checkpointing"] * large
-        self.trainer, self.t = shapes.trainer(folder, [Pair([1], [2], [3])], ranks, flags + more), 0
-        self.trainer.source = self.source = Given(self.trainer.job.rows, self.trainer.config)
+        self.source, self.t = shapes.source_of(Given, folder, [], ranks, [*flags, *more]), 0
 
     def step(self, pairs: Sequence[Pair], precision: str, kept: bool) -> float:
         """One update; the loss before it."""
-        self.source.pairs, self.t = pairs, self.t + 1
-        return self.trainer.step(self.t - 1)["loss"]
+        self.source.rows, self.t = pairs, self.t + 1
+        return shapes.step(self.source, self.t - 1)["loss"]
 
 
 SIDES = ("loop", "TRL", "ours")
@@ -125,7 +121,7 @@ class Bench:
             scored = sum(len(p.chosen + p.rejected) - n for p, n in zip(pairs, same, strict=True))
             count = scored + sum(len(p.prompt) for p in pairs)
         else:
-            width = max(len(p.prompt) + max(map(len, p[1:])) for p in pairs)
+            width = max(len(p.prompt) + max(map(len, p[1:3])) for p in pairs)
             count = scored = 2 * len(pairs) * width
         work = self.shape.body * count + self.shape.head * scored
         return (8.0 if state == "fresh" else 6.0) * work

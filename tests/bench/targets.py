@@ -3,12 +3,16 @@
     python tests/bench/targets.py --data rows.jsonl --rows 24 --max-new-tokens 64
 
 Starts the server with SmolLM2-135M-Instruct, which is no stronger than the model that it is to
-teach: this measures the path, not the method. Runs train.py against it, and again with the gold
-responses as targets, and prints a table of what came of both.
+teach: this measures the path, not the method. It writes 1,024 tokens at most, whatever the rows, so
+that it may take longer than a client usually waits. Runs train.py against it, and again with the
+gold responses as targets, and prints a table of what came of both.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import math
 import re
 import socket
 import subprocess
@@ -17,16 +21,18 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import judge  # noqa: E402
 from smollm2 import smollm2_folder  # noqa: E402
 
+import train  # noqa: E402
 
-@contextmanager
+
+@contextlib.contextmanager
 def serving(folder: Path, log: Path) -> Iterator[str]:
     """The URL of a server that answers with the model in a folder."""
     with socket.socket() as free:
@@ -57,19 +63,15 @@ def run(args: argparse.Namespace, folder: Path, rows: Path, out: Path, *more: st
     flags += ["--max-new-tokens", str(args.max_new_tokens), "--improver-epochs", "1"]
     flags += ["--log-every", "1", "--seed", str(args.seed), *more]
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        if train.main(flags):
+            raise SystemExit("train.py failed")
     lines = [json.loads(x) for x in (out / "improver_targets.jsonl").read_text().splitlines()]
     report = json.loads((out / "improver_filter.json").read_text())
     logged = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     told = next(row for row in logged if "improve/pairs" in row)
-    rate = re.findall(r"([\d.]+) requests/s", done.stdout)
+    gold = judge.judge(out)[0]
+    rate = re.findall(r"targets \d+/\d+ ([\d.]+)/s", said.getvalue())
     words = [len(x["improved"].split()) for x in lines if x["improved"]]
     drafts = [len(x["response"].split()) for x in lines]
     return [
@@ -80,8 +82,8 @@ def run(args: argparse.Namespace, folder: Path, rows: Path, out: Path, *more: st
         f"{report['q1']:.2f} {report['median']:.2f} {report['q3']:.2f}",
         f"{report['dropped']} beyond {report['fence']:.2f}",
         f"{told['improve/pairs']:.0f} pairs, {100 * told['improve/identical']:.0f}% identical",
-        f"{100 * told.get('improve/gold_better', float('nan')):.0f}%",
-        f"{told.get('improve/gold_gain', float('nan')):+.3f}",
+        f"{100 * gold.get('gold_better', math.nan):.0f}%",
+        f"{gold.get('gold_gain', math.nan):+.3f}",
         f"{logged[-1]['rewards/margins']:+.4f}",
         f"{time.perf_counter() - began:.0f}",
     ]
@@ -96,15 +98,14 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
-    folder = smollm2_folder()
+    folder, train.data.TargetServer.TIMEOUT = smollm2_folder(), 600.0
     with tempfile.TemporaryDirectory() as place:
         rows = Path(place) / "rows.jsonl"
         lines = Path(args.data).read_text(encoding="utf-8").splitlines()[: args.rows]
         rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
         with serving(folder, Path(place) / "server.log") as url:
             asked = ("--target-source", url, "--target-model", str(folder))
-            asked += ("--target-workers", "2", "--target-timeout", "600")
-            asked += ("--target-max-tokens", str(2 * args.max_new_tokens))
+            asked += ("--target-workers", "2")
             columns = [run(args, folder, rows, Path(place) / "server", *asked)]
         columns.append(run(args, folder, rows, Path(place) / "gold", "--target-source", "gold"))
     names = [

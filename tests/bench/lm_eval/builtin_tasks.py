@@ -76,8 +76,8 @@ def main(folder: str) -> int:
         print(f"greedy answers, {name} kinds: lm-eval {share:.4f}, ours {ours[name]:.4f}")
     pairs = []
     for example in examples:  # lm-eval scores an answer without the EOS behind it
-        prompt, chosen, rejected = data.encode_example(tokenizer, example)
-        pairs.append(data.Pair(prompt, chosen[:-1], rejected[:-1]))
+        pair = data.encode_example(tokenizer, example)
+        pairs.append(data.Pair(pair.prompt, pair.chosen[:-1], pair.rejected[:-1]))
     sums = [part.tolist() for part in pair_logprobs(model, pairs)[:2]]
     logged = [[float(r[0]) for r in row["filtered_resps"]] for row in theirs["builtin_choice"]]
     apart = max(
