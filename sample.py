@@ -60,19 +60,21 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(parser: argparse.ArgumentParser, kind: type, argv: Sequence[str]) -> dict[str, Any]:
     """What was given of a dataclass's fields, each of which is a flag: the type says what is read,
     and a number's bounds; the string below is its help; its class's docstring begins its group."""
-    source = "".join(inspect.getsource(part) for part in kind.__mro__[:-1])
-    helps = dict(re.findall(r'^    (\w+): .*\n    "((?:[^"\\]|\\\n)*)"', source, re.MULTILINE))
+    field = re.compile(r'^    (?:# (.+):|(\w+): .*\n    "((?:[^"\\]|\\\n)*)")$', re.MULTILINE)
     hints, spans = get_type_hints(kind, include_extras=True), dict[str, list[Any]]()
-    for part in filter(inspect.get_annotations, reversed(kind.__mro__)):
-        group = parser.add_argument_group((part.__doc__ or "").split("\n")[0].rstrip("."))
-        for name in inspect.get_annotations(part):
+    for part in kind.__mro__[:-1]:
+        group = parser.add_argument_group((part.__doc__ or "").split(".")[0])
+        for title, name, told in field.findall(inspect.getsource(part)):
+            if title:
+                group = parser.add_argument_group(title)
+                continue
             hint, default, how = hints[name], getattr(kind, name, None), dict[str, Any]()
             while (origin := get_origin(hint)) not in (None, Literal):  # of X | None it takes X
                 hint, *rest = get_args(hint)
                 how |= {"nargs": "+"} if origin is list else {}
                 spans |= {name: rest} if origin is Annotated else {}
             brief = "" if default is None or "\n" in str(default) else f" [{default}]"
-            how["help"] = helps[name].replace("\\\n", "") + brief
+            how["help"] = told.replace("\\\n", "") + brief
             if hint is bool:
                 how["action"] = argparse.BooleanOptionalAction
             elif origin is Literal:
@@ -169,9 +171,7 @@ def sample_answers(
     model: Transformer, tokenizer: data.Tokenizer, flags: Flags, talks: Sequence[data.Messages]
 ) -> list[list[str]]:
     """Of each conversation an answer, then `flags.improve` times an improvement of the last."""
-    file, instruction = Path(flags.model or "") / IMPROVER_FILE, flags.improver_instruction
-    if instruction is None:
-        instruction = read_instruction(file) if flags.improve and file.exists() else sgpo.IMPROVER
+    instruction = flags.improver_instruction or read_instruction(flags.model or "")
     asked, answers = list(talks), list[list[str]]()
     for i in range(1 + flags.improve):
         prompts = [tokenizer.apply_chat_template(turns, True) for turns in asked]
@@ -188,9 +188,10 @@ def sample_answers(
     return [list(texts) for texts in zip(*answers, strict=True)]
 
 
-def read_instruction(file: Path) -> str:
-    """How a model was asked for improvements when it was trained."""
-    instruction = read_json(file).get("instruction")
+def read_instruction(folder: str | Path) -> str:
+    """How a model was asked for improvements when it was trained; else as SGPO does by default."""
+    file = Path(folder) / IMPROVER_FILE
+    instruction = read_json(file).get("instruction") if file.exists() else sgpo.IMPROVER
     if not isinstance(instruction, str) or "{answer}" not in instruction:
         raise InputError(f"{file}: 'instruction' should be text that holds {{answer}}")
     return instruction

@@ -66,8 +66,8 @@ class Run(Protocol):
     ) -> list[Answer]:
         """Samples answers; `keep`: what a run has when it is stopped is there when it goes on."""
 
-    def logps(self, rows: Sequence[Pair]) -> list[float]:
-        """The summed log-probs of `chosen` under the policy."""
+    def sums(self, model: Any, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
+        """The summed log-probs of chosen and of rejected under a model, for each pair."""
 
 
 class Source:
@@ -98,11 +98,6 @@ class Source:
         """The number, first step and end of the stretch that step t is in."""
         number = sum(start <= t for start in self.bounds[:-1]) - 1
         return number, self.bounds[number], self.bounds[number + 1]
-
-    def bend(self, old: list[int], done: int) -> None:
-        """Takes up a stopped run's bounds; those ahead move where --steps has changed."""
-        ratio = (self.bounds[-1] - done) / max(1, old[-1] - done)
-        self.bounds[:-1] = [x if x < done else done + round((x - done) * ratio) for x in old[:-1]]
 
     def before_step(self, t: int) -> list[Pair]:
         """The pairs of the update from policy t to t + 1, of the whole global batch."""

@@ -143,12 +143,10 @@ class SGPO(sapo.Source):
         drop("cut", [not ended(pair.chosen, tokenizer.eos_ids) for _, pair in made], c.keep_cut)
         drop("identical", [pair.chosen == pair.rejected for _, pair in made], c.keep_identical)
         if c.gate:  # per token: a sum would favour the shorter side
-            sides = [Pair(pair.prompt, side, []) for _, pair in made for side in pair[1:3]]
-            both = zip(self.run.logps(sides), sides, strict=True)
-            means = [logp / len(side.chosen) for logp, side in both]
-            rows = zip(made, means[::2], means[1::2], strict=True)
-            likelier = [p.chosen == p.rejected or good > bad for (_, p), good, bad in rows]
-            drop("unlikely", [not stays for stays in likelier])
+            pairs = [pair for _, pair in made]
+            both = zip(pairs, self.run.sums(self.run.models["policy"], pairs), strict=True)
+            means = [(p, x / len(p.chosen), y / len(p.rejected)) for p, (x, y) in both]
+            drop("unlikely", [p.chosen != p.rejected and good <= bad for p, good, bad in means])
         return made, flaws
 
     def write(
@@ -190,8 +188,8 @@ def improver_rows(
             given.append(Pair(before[c.fence_given], row.chosen, []))
     if not rows:
         raise InputError(f"no target fits into --max-length {c.max_length} with its prompt")
-    both = zip(run.logps(given), given, strict=True)
-    values = [math.exp(-logp / len(pair.chosen)) for logp, pair in both]
+    both = zip(run.sums(run.models["policy"], given), given, strict=True)
+    values = [math.exp(-logp / len(pair.chosen)) for (logp, _), pair in both]
     fence = perplexity_fence(values, c.fence_k) if c.fence_k else math.inf
     kept = [row for row, value in zip(rows, values, strict=True) if value <= fence]
     q1, median, q3 = np.percentile(values, [25, 50, 75]).tolist()
@@ -220,7 +218,7 @@ def improvements(
     asked = [(i, drafts[i][0], answer) for i, answer in answers.items()]
     if server is not None:
         questions = [
-            target_prompt(draft.messages, draft.response, answer, c.target_instruction)
+            improver_prompt(draft.messages, answer, c.target_instruction, draft.response)
             for _, draft, answer in asked
         ]
         for place, improved, why in server.ask_all(questions):
@@ -234,11 +232,14 @@ def improvements(
         yield i, better or None, "" if better else "no gold"
 
 
-def improver_prompt(messages: Messages, answer: str, instruction: str = IMPROVER) -> Turns:
+def improver_prompt(
+    messages: Messages, answer: str, instruction: str = IMPROVER, gold: str = ""
+) -> Turns:
     """The chat messages that ask the model to improve its own answer to `messages`, the last of
     which is the user's. It gives way to `instruction`, in which its text stands for {prompt} and
-    the answer for {answer}; earlier turns stay as they are."""
-    last = fill(instruction, prompt=messages[-1]["content"], answer=answer)
+    the answer for {answer}; earlier turns stay as they are. With TARGET as the instruction they ask
+    the stronger model, which is also told the gold response."""
+    last = fill(instruction, prompt=messages[-1]["content"], gold=gold, answer=answer)
     return [*map(dict, messages[:-1]), {"role": "user", "content": last}]
 
 
@@ -260,12 +261,6 @@ def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
         told = f"none of the {len(asks)} prompts fits into --max-length {c.max_length}"
         raise InputError(f"{told} with --improver-instruction around it")
     return kept
-
-
-def target_prompt(messages: Messages, gold: str, answer: str, instruction: str = TARGET) -> Turns:
-    """The same for the stronger model, which is also told the gold response."""
-    last = fill(instruction, prompt=messages[-1]["content"], gold=gold, answer=answer)
-    return [*map(dict, messages[:-1]), {"role": "user", "content": last}]
 
 
 def fill(template: str, **values: str) -> str:

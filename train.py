@@ -51,9 +51,7 @@ import sapo
 import sgpo
 from data import Pair
 from model import Count, InputError, Positive, Share, Transformer, Weight, Whole, hash_seed
-from sapo import Answer, Request, Source, dpo_loss, orpo_loss
-
-__all__ = ["Config", "Learner", "dpo_loss", "fit", "main", "orpo_loss"]  # the losses are sapo.py's
+from sapo import Answer, Request, Source, dpo_loss, orpo_loss  # noqa: F401, the losses are public
 
 # Where each method's pairs come from, and the flags of its own. A new method is a line.
 SOURCES: dict[str, tuple[type[Source], Any]] = {
@@ -91,10 +89,8 @@ def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
         t += 1
         if t == end or (c.eval_every and t % c.eval_every == 0):
             row |= evaluate(c, learner, source, files)
-        files.show(t, (pairs, table, row), learner, source)
-        notable = {"seconds/eval", "improve/pairs"} & row.keys()  # of an evaluation, a round
-        if t == end or t % c.log_every == 0 or notable:
-            files.log(t, row, source, pace=(time.perf_counter() - began) / (t - first))
+        pace = (time.perf_counter() - began) / (t - first)  # seconds a step
+        files.log(t, (pairs, table, row), learner, source, pace)
         if learner.bad_steps == 5:
             last = [(0, "none: see --save-every"), *files.numbered()][-1][1]
             told = "loss or gradient was not finite 5 steps in a row: try a lower --lr; the last "
@@ -251,11 +247,6 @@ class Learner:
             table[places] += both.double() * weights[:, None]
         return [*map(tuple, self.ranks.sum(table).tolist())]
 
-    def logps(self, rows: Sequence[Pair]) -> list[float]:
-        """The summed log-probs of `chosen` under the policy."""
-        with self.clock("logps"):
-            return [chosen for chosen, _ in self.sums(self.policy, rows)]
-
     def reference_logps(self, pairs: Sequence[Pair], version: int, keep: bool) -> Tensor:
         """(N, 2) float32 on every rank: `sums` under the reference, once for a pair, and kept until
         that is another `version`. `keep`: not held-out pairs."""
@@ -405,19 +396,18 @@ class Files:
     trace: Trace | None = None
     beside: Mapping[str, str] = field(default_factory=dict)  # more files beside a model, by name
 
-    def show(self, t: int, seen: Seen, learner: Learner, source: Source) -> None:
-        """A step's pairs and numbers, for --trace and --show-every."""
-        c = learner.config
+    def log(self, t: int, seen: Seen, learner: Learner, source: Source, pace: float) -> None:
+        """A step's trace and a pair in colour, where asked for; and each --log-every steps, and at
+        a round's beginning, its row, for metrics.jsonl and for a person to read. What the source
+        has made goes to pairs.jsonl."""
+        c, row, steps = learner.config, seen[2], source.bounds[-1]
         if self.trace is not None and self.before + t <= c.trace_steps:
             self.trace.add(self.before + t, seen, learner, source)
-        if c.show_every and (t - 1) % c.show_every == 0 and self.ranks.first:
-            for pair in [pair for pair in seen[0] if pair.cut is not None][:1]:
-                print(sample.paint(pair, self.tokenizer.decode))
-
-    def log(self, t: int, row: Row, source: Source, pace: float) -> None:
-        """Appends the row to metrics.jsonl, and what the source has made to pairs.jsonl; prints the
-        line that a person reads. `pace`: seconds a step."""
-        if not self.ranks.first:
+        cut = [pair for pair in seen[0] if pair.cut is not None]
+        if c.show_every and (t - 1) % c.show_every == 0 and cut and self.ranks.first:
+            print(sample.paint(cut[0], self.tokenizer.decode))
+        due = t == steps or t % c.log_every == 0 or {"seconds/eval", "improve/pairs"} & row.keys()
+        if not (due and self.ranks.first):
             return
         told = {k: v if math.isfinite(v) else None for k, v in row.items()}
         append(self.metrics, [{"step": self.before + t, "phase": self.phase} | told])
@@ -426,7 +416,7 @@ class Files:
         names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
         names |= {"segment/identical": "same", "grad_norm": "norm", "lr": "lr"}
         shown = " ".join(f"{names[k]} {row[k]:.4g}" for k in names if k in row)
-        steps, left = source.bounds[-1], round(pace * (source.bounds[-1] - t))
+        left = round(pace * (steps - t))
         clock = f"{1 / pace:.2f} steps/s {left // 60}:{left % 60:02} left"
         print(f"{self.phase} {t}/{steps} {shown} {clock}", flush=True)
 
@@ -443,10 +433,10 @@ class Files:
 
         def write(folder: Path) -> None:
             self.save_model(learner.policy, folder / "policy", torch.float32)
-            tree = learner.state_dict() | {"bounds": torch.tensor(source.bounds)}
-            tree |= {f"source.{name}": value for name, value in source.state_dict().items()}
+            own = {f"source.{name}": value for name, value in source.state_dict().items()}
             if self.ranks.first:
                 (folder / "state").mkdir()
+            tree = learner.state_dict() | own
             lm.write_weights(folder / "state", tree, self.ranks.fetch, self.ranks.first)
 
         self.publish(self.checkpoints / f"step-{self.before + t}", write)
@@ -474,7 +464,6 @@ class Files:
             learner.load_state_dict(tree)
             own = {n.removeprefix("source."): tree[n] for n in tree if n.startswith("source.")}
             source.load_state_dict(own)
-            source.bend(tree["bounds"].tolist(), done)
             break
         if self.ranks.first:
             ends = {self.metrics: ("step", self.before + done)}  # what is beyond is done again
@@ -564,11 +553,8 @@ class Trace:
         self.args = {k: v for k, v in dataclasses.asdict(c).items() if k not in places.split()}
         if self.path.exists():
             raise InputError(f"--trace {c.trace} is there already: name a file that is not")
-        try:
-            self.partial.touch()
-            self.partial.unlink()
-        except OSError as error:
-            raise InputError(f"--trace {c.trace} cannot be written: {error.strerror}") from None
+        self.partial.touch()  # or fail before anything starts
+        self.partial.unlink()
 
     def add(self, step: int, seen: Seen, learner: Learner, source: Source) -> None:
         """Records a step and writes the file anew: it is small, and the run may be killed."""
@@ -633,9 +619,9 @@ def say(message: str) -> None:
 
 def outline(folder: Path) -> Transformer:
     """The model in a folder without its weights, once their headers agree with its config."""
-    raw = lm.read_json(folder / "config.json")
+    config = lm.Config.from_dict(lm.read_json(folder / "config.json"), f"{folder}/config.json")
     with torch.device("meta"):
-        model = Transformer(lm.Config.from_dict(raw, f"{folder}/config.json"))
+        model = Transformer(config)
     lm.find_weights(dict(model.named_parameters()), folder)
     return model
 
@@ -772,13 +758,13 @@ class Ranks:
 
 
 # -------------------------------------------------------------------------------------- the flags
-# In these classes the string under a field is its help. [code] is the official SAPO code, [spin]
-# that of SPIN, [ours] our own choice.
+# The string under a field is its help, and a comment begins a group. [code] is the official SAPO
+# code, [spin] that of SPIN, [ours] our own choice.
 
 
 @dataclass
-class RunFlags:
-    """The run."""
+class Config(sapo.Settings, sgpo.Settings):
+    """The run. Flags that are read whatever the method; those of the methods are inherited."""
 
     method: Literal["sft", "dpo", "orpo", "spin", "sapo", "sgpo"] = "sapo"
     "where the pairs come from"
@@ -808,12 +794,7 @@ class RunFlags:
     "a .safetensors file to record the first steps in: pairs, draws, log-probs, losses, norms"
     trace_steps: Annotated[int, 1, 10**6] = 10  # [ours]
     "how many steps --trace records"
-
-
-@dataclass
-class DataFlags:
-    """Model and data."""
-
+    # Model and data:
     model: str | None = None
     "a Hugging Face folder to start from; default: a tiny model, pre-trained there and then"
     data: list[str] | None = None
@@ -828,12 +809,7 @@ class DataFlags:
     "tokens of prompt and response; longer responses are cut"
     max_prompt_length: Annotated[int, 2, 10**7] | None = None  # [code]: 1792, of 2048
     "rows whose prompt has this many tokens or more are dropped; default: 7/8 of --max-length"
-
-
-@dataclass
-class Optimization:
-    """Loss and optimization."""
-
+    # Loss and optimization:
     loss: Literal["dpo", "ipo", "hinge", "orpo"] | None = None  # [code] has dpo and orpo
     "the loss on the pairs; default: dpo, and orpo for --method orpo"
     batch_size: Count = 64  # [code]
@@ -864,23 +840,13 @@ class Optimization:
     "weight of an added NLL term on the chosen side, per response token"
     orpo_lambda: Weight = 0.05  # [code]
     "weight of ORPO's odds-ratio term"
-
-
-@dataclass
-class Hardware:
-    """Precision and memory."""
-
+    # Precision and memory:
     precision: Literal["fp32", "medium", "bf16"] = "fp32"  # [ours]; [code] has bf16
     "of the computation; weights and optimizer are fp32; medium: fp32, but faster matmuls of bf16"
     activation_checkpointing: bool = False
     "recompute each block in the backward pass, to save memory"
     compile: bool = False
     "compile each block with torch.compile; the first steps then take a minute or more"
-
-
-@dataclass
-class Config(sgpo.Settings, sapo.Settings, Hardware, Optimization, DataFlags, RunFlags):
-    """Every flag: what a run reads whatever its method, and the methods' own."""
 
     @property
     def nll(self) -> float:
@@ -940,9 +906,7 @@ def parse_args(argv: Sequence[str]) -> Config:
     if "loss" not in given and values.get("method") != named.get("method"):
         values["loss"] = None  # the recipe's is for the recipe's method
     if method == "sgpo" and given.get("improver") and "improver_instruction" not in given:
-        file = Path(given["improver"]) / sample.IMPROVER_FILE
-        if file.exists():  # how it was asked in training
-            values["improver_instruction"] = sample.read_instruction(file)
+        values["improver_instruction"] = sample.read_instruction(given["improver"])
     c = check(Config(**values))
     if c.loss == "orpo" and "beta" in given:
         raise InputError("--beta is not read by ORPO; the weight of its term is --orpo-lambda")
@@ -953,10 +917,10 @@ def parse_args(argv: Sequence[str]) -> Config:
 
 def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
     """The flags that were given, and that neither the method nor its loss or optimizer reads."""
-    kinds = (RunFlags, DataFlags, Optimization, Hardware, SOURCES[c.method][1])
-    read = {f.name for kind in kinds if kind for f in dataclasses.fields(kind)}
-    asking = "target_model target_workers target_instruction "
-    phase_1 = asking + "target_source improver_epochs improver_lr improver_mix fence_k fence_given"
+    kind = SOURCES[c.method][1]
+    read = Config.__annotations__.keys() | {
+        f.name for f in (dataclasses.fields(kind) if kind else ())
+    }
     idle = {
         "beta": c.loss is None,
         "orpo_lambda": c.loss != "orpo",
@@ -966,8 +930,8 @@ def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
         "adam_beta2": c.optimizer != "adamw",
         "top_k top_p": not c.temperature and not c.improve_temperature,
         "trace_steps": c.trace is None,
-        asking: target_server(c) is None,
-        f"{phase_1} model": c.improver is not None,
+        "target_model target_workers target_instruction": target_server(c) is None,
+        "target_source fence_k improver_epochs improver_lr improver_mix model": c.improver,
     }
     names = {name for some, applies in idle.items() if applies for name in some.split()}
     return [name for name in given if name not in read or name in names]
@@ -1020,10 +984,10 @@ def check(c: Config) -> Config:
 
 def target_server(c: Config) -> data.TargetServer | None:
     """The server of --target-source, where that is a URL. InputError for a wrong one or its key."""
-    url, key = (c.target_source or "").rstrip("/"), os.environ.get("OPENAI_API_KEY", "").strip()
+    url, key = c.target_source or "", os.environ.get("OPENAI_API_KEY", "").strip()
     if c.method != "sgpo" or not url.lower().startswith(("http://", "https://")):
         return None
-    return data.TargetServer(url, c.target_model or "", key or None, c.target_workers)
+    return data.TargetServer(url.rstrip("/"), c.target_model or "", key or None, c.target_workers)
 
 
 # ---------------------------------------------------------------------------------- the whole run
@@ -1178,16 +1142,11 @@ def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, 
     for name in [name for name in ("steps", "epochs") if saved and saved[name] != now[name]]:
         say(f"warning: --{name} was {saved[name]} and is {now[name]}: the schedule bends")
 
-    def write() -> None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if not c.resume:  # of a run that was stopped before it left anything else
-                (out / ".generated.jsonl").unlink(missing_ok=True)
-            write_rows(out / "args.json", [now | {"inputs": found}])
-        except OSError as error:
-            raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
-
-    ranks.only_first(write)
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        if not c.resume:  # of a run that was stopped before it left anything else
+            (out / ".generated.jsonl").unlink(missing_ok=True)
+        write_rows(out / "args.json", [now | {"inputs": found}])
 
 
 START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
@@ -1285,7 +1244,6 @@ def obtain_targets(c: Config, asks: list[sgpo.Ask], learner: Learner) -> list[da
     answers = {i: read(tokens) for i, (tokens, _) in zip(missing, new, strict=True)}
 
     def gather() -> None:
-        began = told = time.perf_counter()
         server = target_server(c)
         write_rows(path, (known[i] for i in sorted(known)))
         for done, (i, better, why) in enumerate(sgpo.improvements(c, drafts, answers, server), 1):
@@ -1294,9 +1252,8 @@ def obtain_targets(c: Config, asks: list[sgpo.Ask], learner: Learner) -> list[da
             append(path, [known[i]])
             if learner.ranks.asked_to_stop:
                 raise Stopped("stopped while targets were asked for; --resume goes on")
-            if server is not None and time.perf_counter() - told > 10:
-                told = time.perf_counter()
-                print(f"targets {done}/{len(answers)} {done / (told - began):.2f}/s", flush=True)
+            if server is not None and done % 100 == 0:
+                print(f"targets {done}/{len(answers)}", flush=True)
         write_rows(path, (known[i] for i in sorted(known)))
         dropped = collections.Counter(row.get("dropped") for row in known.values())
         print(", ".join(f"{n} {why or 'targets'}" for why, n in dropped.items()), flush=True)

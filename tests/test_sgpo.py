@@ -29,7 +29,6 @@ from sgpo import (
     improver_prompt,
     improver_rows,
     perplexity_fence,
-    target_prompt,
 )
 
 SHORT = data.REWRITE_PROMPT.replace("{draft}", "{answer}")
@@ -57,7 +56,7 @@ def test_the_improvers_prompt_holds_request_and_answer_and_keeps_earlier_turns()
 
 
 def test_the_stronger_models_prompt_holds_the_gold_too() -> None:
-    (asked,) = target_prompt([user("Q1")], "G2", "A3")
+    (asked,) = improver_prompt([user("Q1")], "A3", TARGET, "G2")
     assert all(part in asked["content"] for part in ("Q1", "G2", "A3"))
     assert all("{" + name + "}" in TARGET for name in ("prompt", "gold", "answer"))
     assert all("{" + name + "}" in IMPROVER for name in ("prompt", "answer"))
