@@ -147,7 +147,7 @@ def summary(pairs: Sequence[Pair], table: Table, c: Config) -> Row:
     """Means over the pairs, from `Learner.score`'s columns. `rewards/accuracies` leaves out pairs
     whose two sides are equal, and `pairs/identical` is their share."""
     row = {"nll": -float(table["logps/chosen"].sum()) / sum(len(p.chosen) for p in pairs)}
-    row["loss"] = float(table["losses"].mean()) + c.nll * row["nll"]
+    row["loss"] = float(table["losses"].mean()) + c.nll_weight * row["nll"]
     row["logps/chosen"] = float(table["logps/chosen"].mean())
     row["tokens/policy"] = float(table["tokens"].sum())
     if c.loss is not None and all(pair.rejected for pair in pairs):
@@ -279,7 +279,7 @@ class Learner:
                 policy = lm.pair_sums(parts)
                 losses, *rewards = sapo.pair_loss(c, self.beta, policy, reference)
                 loss = (losses * weights).sum() / count
-                loss = loss - c.nll * (policy[0] * weights).sum() / tokens
+                loss = loss - c.nll_weight * (policy[0] * weights).sum() / tokens
                 if learn:  # FSDP averages gradients over ranks; the sum is wanted
                     (loss * self.ranks.world).backward()
             sizes = torch.tensor([lm.tree_size(pair) for pair in batch], device=loss.device)
@@ -366,14 +366,14 @@ COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejec
 
 def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
     """RMSprop or AdamW, a multi-tensor pass for each block: its temporaries are then small."""
-    blocks = [*policy.model["layers"].children()]
-    inner = {p for block in blocks for p in block.parameters()}
-    groups = [{"params": [*block.parameters()]} for block in blocks]
-    groups.append({"params": [p for p in policy.parameters() if p not in inner]})
+    groups = [[*block.parameters()] for block in policy.model["layers"].children()]
+    inner = {parameter for group in groups for parameter in group}
+    groups.append([p for p in policy.parameters() if p not in inner])
+    parameters = [{"params": group} for group in groups]
     settings: dict[str, Any] = {"lr": c.lr[0], "weight_decay": c.weight_decay, "foreach": True}
     if c.optimizer == "rmsprop":
-        return torch.optim.RMSprop(groups, **settings)
-    return torch.optim.AdamW(groups, betas=(0.9, c.adam_beta2), **settings)
+        return torch.optim.RMSprop(parameters, **settings)
+    return torch.optim.AdamW(parameters, betas=(0.9, c.adam_beta2), **settings)
 
 
 # ------------------------------------------------------------------------------ what lies on disk
@@ -716,18 +716,16 @@ class Ranks:
     def only_first(self, work: Callable[[], Any]) -> None:
         """Has the first rank do what may take days; the others wait, and hear of a failure."""
         failure: Exception | None = None
-        if self.first:
-            try:
+        try:
+            if self.first:
                 work()
-            except (InputError, OSError, Stopped) as error:
-                failure = error
+        except (InputError, OSError, Stopped) as error:
+            failure = error
+        failed = torch.tensor(float(failure is not None))
         if self.world > 1:
-            failed = torch.tensor(float(failure is not None))
             dist.all_reduce(failed, group=self.patient)
-            if failed and failure is None:
-                raise Stopped("rank 0 could not go on")
-        if failure is not None:
-            raise failure
+        if failed:
+            raise failure or Stopped("rank 0 could not go on")
 
     @contextlib.contextmanager
     def decoder(self, model: Transformer) -> Iterator[Transformer]:
@@ -848,11 +846,6 @@ class Config(sapo.Settings, sgpo.Settings):
     compile: bool = False
     "compile each block with torch.compile; the first steps then take a minute or more"
 
-    @property
-    def nll(self) -> float:
-        """The weight of the NLL on the chosen side: SFT is that alone, ORPO has it."""
-        return 1.0 if self.loss in (None, "orpo") else self.nll_weight
-
 
 TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
     "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": [1e-4], "max_length": 128,
@@ -942,6 +935,8 @@ def check(c: Config) -> Config:
     c.max_prompt_length = c.max_prompt_length or max(2, c.max_length * 7 // 8)
     if c.method != "sft" and c.loss is None:
         c.loss = "orpo" if c.method == "orpo" else "dpo"
+    if not sapo.compares(c):  # SFT is its NLL, and ORPO has it
+        c.nll_weight = 1.0
     if c.method == "sgpo":
         c.model = c.improver or c.model
         c.target_source = c.target_source or ("tasks" if c.data is None else "gold")
@@ -969,7 +964,7 @@ def check(c: Config) -> Config:
         (server and not c.target_model, "a --target-source that is a URL needs --target-model too"),
         (c.method == "sgpo" and c.target_source == "tasks" and c.data is not None,
          "--target-source tasks mends the built-in tasks, and --data is given"),
-        (c.method == "sgpo" and c.keep_identical and c.loss != "orpo" and not c.nll_weight,
+        (c.method == "sgpo" and c.keep_identical and not c.nll_weight,
          "--keep-identical is for --loss orpo or --nll-weight: no other loss learns"),
         (c.method == "sgpo" and lacking, "; ".join(lacking)),
         (max(len(c.lr), len(c.beta)) > rounds, "--lr and --beta have more values than rounds"),
@@ -998,8 +993,7 @@ def main(argv: Sequence[str]) -> int:
     ranks = None
 
     def stop(number: int, _: Any) -> None:
-        """Asks the loop to save and stop, or interrupts at a second SIGINT; but torchrun hands a
-        terminal's on, and so sends each twice."""
+        """Asks the loop to save and stop. A second SIGINT interrupts: torchrun sends each twice."""
         if ranks is None:
             raise SystemExit(143)
         if ranks.asked_to_stop and number == signal.SIGINT and not dist.is_torchelastic_launched():
@@ -1062,8 +1056,7 @@ def run(c: Config, ranks: Ranks) -> None:
     files.checkpoints, files.trace, files.on_tasks = out / "checkpoints", trace, on_tasks
     models = {"start": start, "sft control": out / "control", "improver": out / "improver"}
     if c.method == "sgpo":
-        text = json.dumps({"instruction": c.improver_instruction}, indent=2)
-        files.beside = {sample.IMPROVER_FILE: text}
+        files.beside = {sample.IMPROVER_FILE: json.dumps({"instruction": c.improver_instruction})}
         if c.improver is None:
             files.before, start = train_improver(c, start, read, files), models["improver"]
     if on_tasks and c.method != "sft" and not models["sft control"].exists():
@@ -1081,23 +1074,23 @@ def run(c: Config, ranks: Ranks) -> None:
 
 
 def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]], list[str]]:
-    """What a run reads: rows by their flag, as text and as tokens, and what else a resumed one must
-    find as it was; and lines on what was dropped and cut. Raises InputError for what could not be
-    used later, when targets have been paid for."""
+    """What a run reads, by its flag: rows as text and as tokens, and what else a resumed one must
+    find as it was; and lines on what was dropped and cut. InputErrors before targets are paid for.
+    """
     read: dict[str, list[Any]] = {"tokenizer or chat template": [tokenizer.digest()]}
     paired, told = SOURCES[c.method][0] is Source, list[str]()  # it takes the rows' rejected sides
 
     def rows(paths: list[str] | None, n: int = 128, **how: Any) -> list[sgpo.Ask]:
-        tasks = [] if paths else data.task_examples("clean", n, c.seed)
-        found = data.load_examples(paths, **how) if paths else tasks
+        found = (
+            data.load_examples(paths, **how) if paths else data.task_examples("clean", n, c.seed)
+        )
         limits = (c.max_length, c.max_prompt_length or 0)
         examples, pairs, counts = data.encode_examples(found, tokenizer, *limits)
         told.append(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
         return [*zip(examples, pairs, strict=True)]
 
     def asks(paths: list[str] | None, n: int) -> list[sgpo.Ask]:
-        both = rows(paths, n, prompts=True)
-        found = [(one, row if one.response else row._replace(chosen=[])) for one, row in both]
+        found = rows(paths, n, prompts=True)
         kept = sgpo.leave_room(found, tokenizer, c)
         told.append(f"{len(kept)} prompts, {len(found) - len(kept)} too long to be improved on")
         return kept
@@ -1166,7 +1159,7 @@ START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in
 
 def sft(c: Config, start: Path, examples: list[data.Example], files: Files, **how: Any) -> None:
     """Fine-tunes on built-in rows, as the start and the control are made, with other settings."""
-    alone = dataclasses.replace(c, method="sft", loss=None, **how)
+    alone = dataclasses.replace(c, method="sft", loss=None, nll_weight=1.0, **how)
     limits = (alone.max_length, alone.max_prompt_length or 0)
     _, rows, _ = data.encode_examples(examples, files.tokenizer, *limits)
     learner = Learner(alone, start, files.tokenizer, files.ranks)
@@ -1186,8 +1179,8 @@ def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) ->
         fresh.save_pretrained(blank)
         tokenizer.save(blank)
     ranks.barrier()
-    count = START["steps"] * START["batch_size"]
-    examples = data.task_examples("pretrain", count, c.seed, REWRITE_SHARE)
+    rows = START["steps"] * START["batch_size"]
+    examples = data.task_examples("pretrain", rows, c.seed, REWRITE_SHARE)
     files = Files(ranks, tokenizer, start.with_suffix(".jsonl"), start, "sft")
     sft(c, blank, examples, files, **START)
     if ranks.first:
@@ -1197,8 +1190,8 @@ def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) ->
 def control(c: Config, start: Path, files: Files, steps: int) -> None:
     """OUT/control: SFT on the clean set, for as many steps as the method takes in all phases."""
     metrics, final = files.metrics.with_name("control.jsonl"), files.final.with_name("control")
-    beside = Files(files.ranks, files.tokenizer, metrics, final, "sft")
-    beside.eval_rows, beside.on_tasks = files.eval_rows, files.on_tasks
+    beside = dataclasses.replace(files, metrics=metrics, final=final, phase="sft", before=0)
+    beside.checkpoints, beside.trace, beside.beside = None, None, {}
     rate = [c.improver_lr] if c.method == "sgpo" else c.lr
     sft(c, start, data.task_examples("clean", 128, c.seed), beside, steps=steps, lr=rate)
 
@@ -1209,15 +1202,15 @@ def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files:
     folder, note = files.final.with_name("improver"), files.final.with_name("improver_filter.json")
     if folder.exists():
         return int(lm.read_json(note)["steps"])
-    alone = dataclasses.replace(c, method="sft", loss=None, lr=[c.improver_lr], steps=None)
-    alone.epochs = c.improver_epochs
+    alone = dataclasses.replace(c, method="sft", loss=None, nll_weight=1.0, steps=None)
+    alone.lr, alone.epochs = [c.improver_lr], c.improver_epochs
     learner = Learner(alone, start, files.tokenizer, files.ranks)
     targets = read.get("--target-source") or obtain_targets(c, read["--data"], learner)
     rows, report = sgpo.improver_rows(targets, read["--data"], learner)
     source = sapo.SFT(rows, learner)
     if files.ranks.first:
-        told = f"{report['targets']} targets, and {report['too_long']} too long; "
-        print(f"{told}{report['dropped']} beyond the fence, {report['fence']}", flush=True)
+        told = [f"{report[key]} {key}" for key in ("targets", "too_long", "dropped", "fence")]
+        print(", ".join(told), flush=True)
         write_rows(note, [{"steps": source.bounds[-1]} | report])
     phase = dataclasses.replace(files, final=folder, phase="improver", on_tasks=False, eval_rows=())
     fit(alone, learner, source, phase)
