@@ -20,7 +20,7 @@ A source makes the pairs that a loss learns from. SAPO's needs only prompts x an
     4. C counts draws by object identity and loses them on resume; ours are saved with the pairs.
     5. C masks the attention at every EOS, of prompt and response, scores the assistant's header
        with the response, and counts prompt and padding in ORPO's NLL; ours does none of it.
-    6. C never cuts a long response's last three tokens, its template's closers; ours has one, EOS.
+    6. C never cuts a long response's last three tokens, its template's closers; ours its one, EOS.
     7. Of a response too long for the room C always cuts the last tokens out; ours draws as ever.
     8. C computes in bf16, EMA and reference too, on fp32 master weights (DeepSpeed), AdamW's state
        in 8 bits (ORPO), most likely unclipped; ours in fp32 or bf16 (`--precision`), clipped at 1.
@@ -258,10 +258,10 @@ def choose_segment(
     response_len: int, segment_len: int, max_start: int, rng: random.Random, rule: str = "official"
 ) -> tuple[int, int]:
     """Where to cut a response, in tokens: [start, stop) of L = min(segment_len, response_len).
-    "official": start is uniform in [0, min(response_len - 3 - L, max_start)], or 0 where that is
-    empty; "uniform": the same without the 3. `max_start` is the space that --max-length leaves."""
+    "official": start is uniform in [0, min(response_len - 1 - L, max_start)], or 0 where that is
+    empty; "uniform": the same without the 1. `max_start` is the space that --max-length leaves."""
     length = min(segment_len, response_len)
-    latest = response_len - length - (3 if rule == "official" else 0)
+    latest = response_len - length - (1 if rule == "official" else 0)
     start = rng.randint(0, max(0, min(latest, max_start)))
     return start, start + length
 
