@@ -81,7 +81,7 @@ class Source:
     def __init__(self, rows: Sequence[Any], run: Run) -> None:
         self.rows, self.run = rows, run
         self.bounds = self.schedule(len(rows), run.config)
-        self.round, self.reference_version = 0, 0  # the stretch begun; new where the reference is
+        self.round, self.reference_version = -1, 0  # the stretch begun; new where the reference is
         self.pool: dict[int, Pair] = {}  # the stretch's pairs by place, where they are its own
         self.metrics: dict[str, float] = {}
         self.fresh: list[Pair] = []  # the pairs that it made
@@ -166,10 +166,9 @@ class SAPO(Source):
         c, cuts, asked = self.run.config, [], []
         most = c.max_length if c.segment_length == "full" else int(c.segment_length)
         for i, row in enumerate(rows):
-            length = min(most, len(row.chosen))
-            space = c.max_length - len(row.prompt) - length  # for A, if B' is to fit behind it
+            space = c.max_length - len(row.prompt) - min(most, len(row.chosen))  # for A, with B'
             rng = random.Random(hash_seed(c.seed, purpose, "cut", t, i))
-            start, stop = choose_segment(len(row.chosen), length, space, rng, c.segment_rule)
+            start, stop = choose_segment(len(row.chosen), most, space, rng, c.segment_rule)
             cuts.append((start, stop))
             seed = hash_seed(c.seed, purpose, "sample", t, i)
             asked.append((row.prompt + row.chosen[:start], stop - start, seed))
@@ -385,13 +384,9 @@ def copy_weights(into: nn.Module, source: nn.Module) -> None:
 
 
 def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+    beta: float = 0.1, label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """DPO (arXiv 2305.18290, eq. 7), with cDPO's smoothing, of (N,) summed log-probs: (N,) losses,
     chosen and rejected rewards (eq. 5; the partition function cancels), which carry no gradient."""
     logits = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)

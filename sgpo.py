@@ -75,7 +75,6 @@ could have written the result itself. Use the reference to tell what is right; d
 
 Write the improved answer alone."""
 
-
 Ask = tuple[Example, Pair]  # a prompt, and its gold response or an empty one: as text, as tokens
 Turns = list[dict[str, str]]
 
@@ -83,10 +82,6 @@ Turns = list[dict[str, str]]
 class SGPO(sapo.Source):
     """Rejected = the policy's answer; chosen = its own improvement of that answer.
     Its rows are Asks; each round takes as many as its steps have use for, in its own order."""
-
-    def __init__(self, rows: Sequence[Ask], run: Run) -> None:
-        super().__init__(rows, run)
-        self.round = -1
 
     @staticmethod
     def schedule(rows: int, c: Any) -> list[int]:
@@ -208,7 +203,7 @@ def improver_rows(
     }  # fmt: skip
     plain = [Pair(row.prompt, row.chosen, []) for _, row in asks if row.chosen]
     count = round(len(kept) * c.improver_mix / (1 - c.improver_mix)) if plain else 0
-    order = batch_indices(0, count, len(plain), hash_seed(c.seed, "mix")) if count else []
+    order = batch_indices(0, count, len(plain), hash_seed(c.seed, "mix"))
     return [*kept, *(plain[i] for i in order)], report
 
 
@@ -259,8 +254,8 @@ def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
     for example, _ in asks:
         if example.messages[-1]["role"] != "user":
             raise InputError(f"{example.where}: the turn before the response is not the user's")
-    room = c.max_length - 1
-    kept = [ask for ask in asks if len(frame(ask[0].messages, "", tokenizer, c)) < room]
+    empty = [frame(example.messages, "", tokenizer, c) for example, _ in asks]
+    kept = [ask for ask, ids in zip(asks, empty, strict=True) if len(ids) < c.max_length - 1]
     if not kept:
         told = f"none of the {len(asks)} prompts fits into --max-length {c.max_length}"
         raise InputError(f"{told} with --improver-instruction around it")
@@ -327,10 +322,8 @@ answers to the built-in tasks; default: tasks where there is no --data, else gol
 
 
 # ----------------------------------------------------------------------------- the paper's setting
-RECIPES: dict[str, dict[str, Any]] = {
-    "sgpo-qwen2.5-7b": {  # model and kind of data are the paper's, every number [ours]
-        "method": "sgpo", "loss": "dpo", "precision": "bf16", "optimizer": "adamw",
-        "schedule": "cosine", "epochs": 1.0, "max_new_tokens": 1024,
-    },
+PAPER: dict[str, Any] = {  # models and kind of data are the paper's, every number [ours]
+    "method": "sgpo", "loss": "dpo", "precision": "bf16", "optimizer": "adamw",
+    "schedule": "cosine", "epochs": 1.0, "max_new_tokens": 1024,
 }  # fmt: skip
-RECIPES["sgpo-llama3-8b"] = RECIPES["sgpo-qwen2.5-7b"]
+RECIPES = dict.fromkeys(("sgpo-qwen2.5-7b", "sgpo-llama3-8b"), PAPER)
