@@ -9,10 +9,8 @@ Every preference method is a source of pairs with a loss on top:
 
     source.before_step(t) -> pairs (prompt, chosen, rejected)  ->  loss  ->  policy t + 1
 
-The sources and the losses are in sapo.py and sgpo.py. Here are the loop and the learner, where an
-evening's reading ends; then what lies on disk, the ranks, the flags, and the whole run.
-
-Shapes: N pairs. Log-probs are sums over response tokens, in nats.
+Sources and losses are in sapo.py and sgpo.py. Here are the loop and the learner, where an evening's
+reading ends; then files, ranks, flags and the whole run. N is the number of pairs.
 """
 
 from __future__ import annotations
@@ -216,8 +214,7 @@ class Learner:
 
     def spent(self, pairs: Sequence[Pair], seconds: float) -> Row:
         """The step's clocks and counts. `tokens_per_second` counts separate sequences."""
-        sides = [side for pair in pairs for side in pair[1:3] if side]
-        tokens = sum(map(len, sides)) + sum(len(p.prompt) * (1 + bool(p.rejected)) for p in pairs)
+        tokens = sum(len(x) * (1 + bool(z)) + len(y) + len(z) for x, y, z, _ in pairs)
         row = {"skipped": float(self.skipped), "tokens/generate": float(self.generated)}
         if sapo.compares(self.config):
             row["tokens/reference"] = float(self.referred)
@@ -225,9 +222,8 @@ class Learner:
         return row | {f"seconds/{name}": value for name, value in self.seconds.items()}
 
     def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Pair], Tensor]]:
-        """This rank's micro-batches: places among the pairs, the pairs, their weights. It takes
-        every world-th pair in order of length: all ranks have alike work. Where these do not come
-        out even, it repeats one with weight 0: all must run as many passes."""
+        """This rank's micro-batches: places, pairs, weights. It has every world-th pair by length,
+        and one again with weight 0 where they do not come out even: all run as many passes."""
         count, size = len(pairs), self.config.micro_batch_size
         order = sorted(range(count), key=lambda i: sum(map(len, pairs[i][:3])))
         mine = order[self.ranks.rank :: self.ranks.world]
@@ -381,8 +377,7 @@ def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
 
 @dataclass
 class Files:
-    """What one training run reads and leaves; the start, the control, the improver and the method
-    are a run each. All ranks call `save`, `restore` and `publish`: they gather the weights."""
+    """What one run of `fit` reads and leaves. All ranks call its methods, to gather the weights."""
 
     ranks: Ranks
     tokenizer: data.Tokenizer
@@ -397,9 +392,8 @@ class Files:
     beside: Mapping[str, str] = field(default_factory=dict)  # more files beside a model, by name
 
     def log(self, t: int, seen: Seen, learner: Learner, source: Source, pace: float) -> None:
-        """A step's trace and a pair in colour, where asked for; and each --log-every steps, and at
-        a round's beginning, its row, for metrics.jsonl and for a person to read. What the source
-        has made goes to pairs.jsonl."""
+        """A step's trace and a pair in colour, where asked for; its row, where due, for a person
+        and for metrics.jsonl; what the source has made, for pairs.jsonl."""
         c, row, steps = learner.config, seen[2], source.bounds[-1]
         if self.trace is not None and self.before + t <= c.trace_steps:
             self.trace.add(self.before + t, seen, learner, source)
@@ -445,8 +439,7 @@ class Files:
                 shutil.rmtree(folder)
 
     def restore(self, learner: Learner, source: Source) -> int:
-        """Takes up the newest whole checkpoint of this phase; returns the steps that it has done of
-        it, or 0 where there is none."""
+        """Takes up the newest whole checkpoint of this phase, if any. The steps that it has done."""
         done, parameters = 0, dict(learner.policy.named_parameters())
         for number, folder in reversed(self.numbered()):
             if number <= self.before:
@@ -509,15 +502,14 @@ class Files:
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        self.ranks.barrier()
+        self.ranks.agree(False)  # all wait until it is there
 
 
 def kept(
     c: Config, ranks: Ranks, rows: list[Request], write: Callable[[Any], list[Answer]], stamp: float
 ) -> list[Answer]:
-    """The rows' answers, some at a time into a file, so that a stopped run keeps them: those in it,
-    where the model (`stamp`) and the row are the same, and the others written now. Raises Stopped
-    where the run is to stop."""
+    """The rows' answers: those in a file, of the same row and model (`stamp`), and others written,
+    some at a time, so that a run that is Stopped here keeps them."""
     path, size = Path(c.out) / ".generated.jsonl", 8 * c.generate_batch_size * ranks.world
     keys = [hash_seed(stamp, *row) for row in rows]
     known = {row["key"]: (row["tokens"], row["logp"]) for row in json_lines(path)}
@@ -708,13 +700,8 @@ class Ranks:
         """Whether any rank says so; the same answer on all."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        if self.world > 1:
-            dist.barrier()
-
     def only_first(self, work: Callable[[], Any]) -> None:
-        """Has the first rank do what may take days; the others wait, and hear of a failure."""
+        """The first rank does what may take days; the others wait, and hear of a failure."""
         failure: Exception | None = None
         try:
             if self.first:
@@ -756,13 +743,12 @@ class Ranks:
 
 
 # -------------------------------------------------------------------------------------- the flags
-# The string under a field is its help, and a comment begins a group. [code] is the official SAPO
-# code, [spin] that of SPIN, [ours] our own choice.
 
 
 @dataclass
 class Config(sapo.Settings, sgpo.Settings):
-    """The run. Flags that are read whatever the method; those of the methods are inherited."""
+    """The run. Of all flags the string below is the help; comments begin groups or name sources:
+    [code] is the official SAPO code, [spin] that of SPIN, [ours] our own choice."""
 
     method: Literal["sft", "dpo", "orpo", "spin", "sapo", "sgpo"] = "sapo"
     "where the pairs come from"
@@ -972,8 +958,6 @@ def check(c: Config) -> Config:
     for applies, message in wrong:
         if applies:
             raise InputError(message)
-    with lm.reading(f"--date {c.date}"):
-        datetime.datetime.fromisoformat(c.date or "2026-01-31")
     return c
 
 
@@ -1033,7 +1017,8 @@ def run(c: Config, ranks: Ranks) -> None:
     args = out / "args.json"
     saved = lm.read_json(args) if c.resume and args.is_file() and not args.is_symlink() else {}
     c.date = c.date or saved.get("date", datetime.datetime.now().isoformat(timespec="seconds"))
-    date = datetime.datetime.fromisoformat(c.date or "")
+    with lm.reading(f"--date {c.date}"):
+        date = datetime.datetime.fromisoformat(c.date or "")
     with tempfile.TemporaryDirectory() as folder:
         data.write_task_tokenizer(folder)
         tokenizer = data.load_tokenizer(c.model or folder, c.chat_template, date)
@@ -1167,8 +1152,7 @@ def sft(c: Config, start: Path, examples: list[data.Example], files: Files, **ho
 
 
 def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:
-    """Makes the built-in start: random weights, then SFT on answers of mixed quality, and on drafts
-    that are to be rewritten, which SGPO's improver builds on."""
+    """Makes the built-in start: SFT on answers of mixed quality, and drafts to be rewritten."""
     blank = start.with_name(".blank")
     if ranks.first:
         print("pre-training the built-in start", flush=True)
@@ -1178,7 +1162,7 @@ def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) ->
         fresh.init_weights(c.seed)
         fresh.save_pretrained(blank)
         tokenizer.save(blank)
-    ranks.barrier()
+    ranks.agree(False)  # all wait for it
     rows = START["steps"] * START["batch_size"]
     examples = data.task_examples("pretrain", rows, c.seed, REWRITE_SHARE)
     files = Files(ranks, tokenizer, start.with_suffix(".jsonl"), start, "sft")
