@@ -3,7 +3,6 @@
     tokenizer = load_tokenizer("path/to/checkpoint")
     examples = load_examples(["train.jsonl"])                               # text
     kept, pairs, counts = encode_examples(examples, tokenizer, 2048, 1792)  # token ids
-    examples = task_examples("pretrain", 100_000, seed=42)                  # the same, made up
 
 Three kinds of tokenizer are read, and `transformers` is needed for none of them:
 
@@ -12,9 +11,8 @@ Three kinds of tokenizer are read, and `transformers` is needed for none of them
     tokenizer.model  tiktoken's own format (Llama 3)              through tiktoken
 
 Ids equal those of transformers, with these exceptions: runs of spaces, and leading ones, are what
-SentencePiece itself makes of them; a run of white space beyond 100,000 characters is encoded in
-parts; nothing is merged across a byte that the vocabulary lacks (SmolLM2's lacks a few control
-characters); NFC is that of Python's Unicode. Whatever is wrong with a file is an `InputError`.
+SentencePiece itself makes of them; a run of white space beyond 100,000 characters is cut; nothing
+is merged across a byte that the vocabulary lacks; NFC is that of Python's Unicode.
 """
 
 import base64

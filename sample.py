@@ -1,4 +1,4 @@
-"""Look at a model, its answers and its accuracy, and at a run, its curves and pairs in colour.
+"""Look at a model, its answers and its accuracy, and at the curves of a run.
 
     python sample.py --model OUT/final --prompt "Why is the sky blue?" --improve 3
     python sample.py --model OUT/final --prompts questions.jsonl --out answers.jsonl
@@ -14,7 +14,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
@@ -234,19 +234,6 @@ def print_accuracies(models: dict[str, Path], tokenizer: data.Tokenizer, seed: i
         print(f"{name:12}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
 
 
-def paint(pair: data.Pair, decode: Callable[[list[int]], str]) -> str:
-    """A pair with a cut in terminal colours: A plain, B green, B' red, C blue."""
-    assert pair.cut is not None
-    start, stop, new_stop, _ = pair.cut
-    green, red, blue, plain = "\033[32m", "\033[31m", "\033[34m", "\033[0m"
-    before, old, after = pair.chosen[:start], pair.chosen[start:stop], pair.chosen[stop:]
-    new, left = pair.rejected[start:new_stop], pair.rejected[new_stop:]
-    chosen = f"{decode(before)}{green}{decode(old)}{blue}{decode(after)}{plain}"
-    rejected = f"{decode(before)}{red}{decode(new)}{blue}{decode(left)}{plain}"
-    told = f"(A, {green}B{plain}, {red}B'{plain}, {blue}C{plain})"
-    return f"prompt    {decode(pair.prompt)}\nchosen    {chosen}\nrejected  {rejected}   {told}"
-
-
 def plot_curves(out: Path) -> None:
     """OUT/curves.png from OUT/metrics.jsonl, where matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -264,8 +251,7 @@ def plot_curves(out: Path) -> None:
         axis.set(xlabel="step")
         for key in panel.split():
             if points := [(row["step"], row[key]) for row in rows if key in row]:
-                marker = "." if len(points) < 9 else ""
-                axis.plot(*zip(*points, strict=True), label=key, marker=marker)
+                axis.plot(*zip(*points, strict=True), ".-", label=key)
                 axis.legend(fontsize=8)
     figure.savefig(out / "curves.png", dpi=110)
 

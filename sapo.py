@@ -35,7 +35,7 @@ and each draw has a random stream of its own, keyed by (seed, purpose, step, ind
 import math
 import random
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Protocol
@@ -484,6 +484,19 @@ def segment_metrics(pairs: Sequence[Pair], table: Mapping[str, Tensor]) -> dict[
         "seam/new_logps": (new_rest, behind * differs),
     }
     return {k: float((x * (n > 0)).sum() / n.sum()) for k, (x, n) in terms.items() if n.any()}
+
+
+def paint(pair: Pair, decode: Callable[[list[int]], str]) -> str:
+    """A pair with a cut in terminal colours: A plain, B green, B' red, C blue."""
+    assert pair.cut is not None
+    start, stop, new_stop, _ = pair.cut
+    green, red, blue, plain = "\033[32m", "\033[31m", "\033[34m", "\033[0m"
+    before, old, after = pair.chosen[:start], pair.chosen[start:stop], pair.chosen[stop:]
+    new, left = pair.rejected[start:new_stop], pair.rejected[new_stop:]
+    chosen = f"{decode(before)}{green}{decode(old)}{blue}{decode(after)}{plain}"
+    rejected = f"{decode(before)}{red}{decode(new)}{blue}{decode(left)}{plain}"
+    told = f"(A, {green}B{plain}, {red}B'{plain}, {blue}C{plain})"
+    return f"prompt    {decode(pair.prompt)}\nchosen    {chosen}\nrejected  {rejected}   {told}"
 
 
 # ------------------------------------------------------------------------------------- the flags

@@ -79,16 +79,15 @@ def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
     began, first, end = time.perf_counter(), t, source.bounds[-1]
     while t < end:
         try:
-            pairs, table, row = step(c, learner, source, t)
+            seen = step(c, learner, source, t)
         except Stopped:  # while a round's answers were generated; they are kept
             if t > saved:
                 files.save(t, learner, source)
             raise
         t += 1
         if t == end or (c.eval_every and t % c.eval_every == 0):
-            row |= evaluate(c, learner, source, files)
-        pace = (time.perf_counter() - began) / (t - first)  # seconds a step
-        files.log(t, (pairs, table, row), learner, source, pace)
+            seen[2].update(evaluate(c, learner, source, files))
+        files.log(t, seen, learner, source, (time.perf_counter() - began) / (t - first))
         if learner.bad_steps == 5:
             last = [(0, "none: see --save-every"), *files.numbered()][-1][1]
             told = "loss or gradient was not finite 5 steps in a row: try a lower --lr; the last "
@@ -354,8 +353,7 @@ class Learner:
         self.bad_steps, self.skipped, self.version = tree["counts"].tolist()
 
 
-# What `Learner.score` tells of each pair, and a trace keeps. The last five: the log-probs of B, of
-# B', of C after B and of C after B', all under the policy, and the tokens computed.
+# The last five: log-probs of B, of B', of C after B and after B', by the policy; tokens computed.
 COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejected rewards/chosen
     rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest tokens""".split()  # noqa: SIM905
 
@@ -393,13 +391,13 @@ class Files:
 
     def log(self, t: int, seen: Seen, learner: Learner, source: Source, pace: float) -> None:
         """A step's trace and a pair in colour, where asked for; its row, where due, for a person
-        and for metrics.jsonl; what the source has made, for pairs.jsonl."""
+        and for metrics.jsonl; what the source has made, for pairs.jsonl. `pace`: seconds a step."""
         c, row, steps = learner.config, seen[2], source.bounds[-1]
         if self.trace is not None and self.before + t <= c.trace_steps:
             self.trace.add(self.before + t, seen, learner, source)
         cut = [pair for pair in seen[0] if pair.cut is not None]
         if c.show_every and (t - 1) % c.show_every == 0 and cut and self.ranks.first:
-            print(sample.paint(cut[0], self.tokenizer.decode))
+            print(sapo.paint(cut[0], self.tokenizer.decode))
         due = t == steps or t % c.log_every == 0 or {"seconds/eval", "improve/pairs"} & row.keys()
         if not (due and self.ranks.first):
             return
@@ -439,7 +437,7 @@ class Files:
                 shutil.rmtree(folder)
 
     def restore(self, learner: Learner, source: Source) -> int:
-        """Takes up the newest whole checkpoint of this phase, if any. The steps that it has done."""
+        """Takes up this phase's newest whole checkpoint, if any. The steps that it has done."""
         done, parameters = 0, dict(learner.policy.named_parameters())
         for number, folder in reversed(self.numbered()):
             if number <= self.before:
@@ -952,6 +950,8 @@ def check(c: Config) -> Config:
          "--target-source tasks mends the built-in tasks, and --data is given"),
         (c.method == "sgpo" and c.keep_identical and not c.nll_weight,
          "--keep-identical is for --loss orpo or --nll-weight: no other loss learns"),
+        (c.ema_offload and int(os.environ.get("WORLD_SIZE", 1)) > 1,
+         "--ema-offload is for one process; over several the EMA is sharded"),
         (c.method == "sgpo" and lacking, "; ".join(lacking)),
         (max(len(c.lr), len(c.beta)) > rounds, "--lr and --beta have more values than rounds"),
     )  # fmt: skip
@@ -1008,8 +1008,6 @@ def main(argv: Sequence[str]) -> int:
 def run(c: Config, ranks: Ranks) -> None:
     """Reads the data, makes or takes the start, trains, and says what came of it."""
     out, on_tasks = Path(c.out), c.data is None and not (c.improver and c.preference_data)
-    if c.ema_offload and ranks.world > 1:
-        raise InputError("--ema-offload is for one process; over several the EMA is sharded")
     torch.set_float32_matmul_precision("medium" if c.precision == "medium" else "highest")
     if c.resume and (out / "final").exists():
         print(f"{out} holds a finished run: nothing to resume")
@@ -1133,7 +1131,6 @@ START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like 
     "weight_decay": 0.0, "max_grad_norm": 1.0, "log_every": 50, "eval_every": 0,
     "save_dtype": "fp32", "max_length": 128, "max_prompt_length": 128, "precision": "fp32",
 }  # fmt: skip
-REWRITE_SHARE = 0.2  # of the start's rows: a draft to be answered with another draft
 START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in place of 65%
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
     "intermediate_size": 168, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -1164,7 +1161,7 @@ def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) ->
         tokenizer.save(blank)
     ranks.agree(False)  # all wait for it
     rows = START["steps"] * START["batch_size"]
-    examples = data.task_examples("pretrain", rows, c.seed, REWRITE_SHARE)
+    examples = data.task_examples("pretrain", rows, c.seed, 0.2)  # a fifth rewrites drafts
     files = Files(ranks, tokenizer, start.with_suffix(".jsonl"), start, "sft")
     sft(c, blank, examples, files, **START)
     if ranks.first:

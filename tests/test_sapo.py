@@ -13,7 +13,6 @@ from fakes import EOS, Run, weights
 
 import train
 from data import Cut, Pair
-from sample import paint
 from sapo import (
     SAPO,
     SFT,
@@ -26,6 +25,7 @@ from sapo import (
     dpo_loss,
     ema_update,
     orpo_loss,
+    paint,
     pair_loss,
     segment_logprobs,
     segment_metrics,
