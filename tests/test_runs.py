@@ -229,7 +229,7 @@ def test_a_run_goes_on_with_what_it_began_with_or_not_at_all(
     change(tmp_path)
     capsys.readouterr()
     assert train.main([*run, "--resume"]) == (2 if named else 0)
-    told = f"error: --resume with another {named} than .*\n" if named else ""
+    told = f"error: --resume with another {named}.*\n" if named else ""
     assert re.fullmatch(told, capsys.readouterr().err)
 
 
