@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import ROOT, alike, metrics, same, torchrun, weights
+from helpers import GOLDEN, alike, metrics, same, torchrun, weights
 from safetensors.torch import load_file, save_file
 
 import data
@@ -35,28 +33,18 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data file of 20 pairs with the built-in tasks' texts."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = [
-        {"prompt": e.messages[0]["content"], "chosen": e.response, "rejected": e.rejected}
-        for e in data.task_examples("clean", 20, 7)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
+ROWS = str(GOLDEN / "rows.jsonl")
 SMALL = ["--steps", "6", "--batch-size", "5", "--max-length", "64", "--segment-length", "6"]
 SMALL += ["--lr", "1e-3", "--log-every", "1", "--replay-capacity", "12", "--ref-update-every", "2"]
 SMALL += ["--temperature", "1", "--top-k", "0", "--top-p", "1", "--segment-rule", "uniform"]
+EVALUATED = ["--save-every", 3, "--eval-data", ROWS, "--eval-every", 3]
 
 
 def run(*flags: object) -> int:
     return train.main([str(flag) for flag in flags])
 
 
-def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+def error_line(capsys: Any) -> str:
     """What bad input printed on stderr: one line."""
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
@@ -65,24 +53,16 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.fixture
-def usual(start: Path, rows: Path, tmp_path: Path) -> list[object]:
+def usual(start: Path, tmp_path: Path) -> list[object]:
     """The flags of a small run into tmp_path/run."""
-    return ["--model", start, "--data", rows, "--out", tmp_path / "run", *SMALL]
+    return ["--model", start, "--data", ROWS, "--out", tmp_path / "run", *SMALL]
 
 
 @pytest.fixture(scope="module")
-def evaluated(rows: Path) -> list[object]:
-    """The flags that `sapo_run` has beside the usual ones."""
-    return ["--save-every", 3, "--eval-data", rows, "--eval-every", 3]
-
-
-@pytest.fixture(scope="module")
-def sapo_run(
-    start: Path, rows: Path, evaluated: list[object], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def sapo_run(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of six steps, with checkpoints after the third and the sixth."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert run("--model", start, "--data", rows, "--out", out, *evaluated, *SMALL) == 0
+    assert run("--model", start, "--data", ROWS, "--out", out, *EVALUATED, *SMALL) == 0
     return out
 
 
@@ -98,13 +78,11 @@ def unfinished(sapo_run: Path, tmp_path: Path) -> Path:
 def test_a_run_leaves_the_files_of_the_contract(sapo_run: Path) -> None:
     table = metrics(sapo_run, left_out=())
     assert [row["step"] for row in table] == [1, 2, 3, 4, 5, 6]
-    promised = (
-        "loss rewards/chosen rewards/rejected rewards/margins logps/chosen logps/rejected lr "
-    )
-    promised += "grad_norm tokens_per_second seconds/generate seconds/reference seconds/policy "
-    promised += "seconds/optimizer seconds/ema tokens/generate tokens/reference tokens/policy "
-    promised += "replay/size replay/age replay/times_sampled segment/identical segment/logps "
-    promised += "segment/new_logps segment/kl segment/ended segment/unended seam/new_logps"
+    promised = """loss rewards/chosen rewards/rejected rewards/margins logps/chosen logps/rejected
+        lr grad_norm tokens_per_second seconds/generate seconds/reference seconds/policy
+        seconds/optimizer seconds/ema tokens/generate tokens/reference tokens/policy
+        replay/size replay/age replay/times_sampled segment/identical segment/logps
+        segment/new_logps segment/kl segment/ended segment/unended seam/new_logps"""
     assert all(set(promised.split()) <= row.keys() | {"seconds/ema"} for row in table)
     assert ["seconds/ema" in row for row in table] == [False, *[True] * 5]
     assert table[0]["segment/kl"] == pytest.approx(0, abs=1e-5)  # the policy wrote them itself
@@ -138,9 +116,7 @@ def test_the_result_loads_in_transformers_with_our_logits_and_ids(sapo_run: Path
     assert all(torch.equal(saved[key], policy[key]) for key in saved)
 
 
-def test_resuming_a_finished_run_says_so(
-    sapo_run: Path, usual: list[object], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resuming_a_finished_run_says_so(sapo_run: Path, usual: list[object], capsys: Any) -> None:
     before = (sapo_run / "metrics.jsonl").read_bytes()
     assert run(*usual, "--out", sapo_run, "--resume") == 0
     assert "finished" in capsys.readouterr().out
@@ -149,8 +125,8 @@ def test_resuming_a_finished_run_says_so(
 
 def test_resuming_without_a_checkpoint_starts_afresh(usual: list[object], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    assert run(*usual, "--resume") == 0
-    assert len(metrics(tmp_path / "run")) == 6
+    assert run(*usual, "--resume", "--steps", 1) == 0
+    assert len(metrics(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize(
@@ -163,15 +139,15 @@ def test_resuming_without_a_checkpoint_starts_afresh(usual: list[object], tmp_pa
 )
 def test_resuming_with_other_flags_is_an_error_that_lists_them(
     flags: list[str], named: str, unfinished: Path, usual: list[object],
-    evaluated: list[object], capsys: pytest.CaptureFixture[str],
+    capsys: Any,
 ) -> None:  # fmt: skip
-    assert run(*usual, *evaluated, *flags, "--resume") == 2
+    assert run(*usual, *EVALUATED, *flags, "--resume") == 2
     assert named in capsys.readouterr().err.split("error: ")[1]
 
 
 @pytest.mark.parametrize("name", ["start", "control", "final", "metrics.jsonl", "checkpoints"])
 def test_what_another_run_left_is_not_taken_for_ones_own(
-    name: str, usual: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, usual: list[object], tmp_path: Path, capsys: Any
 ) -> None:
     (tmp_path / "run" / name).mkdir(parents=True)
     for resume in ([], ["--resume"])[: 1 if name == "final" else 2]:
@@ -194,39 +170,27 @@ def shorten(file: Path) -> None:
 
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_harmed_checkpoint_is_left_out_for_the_one_before_it(
-    harm: str, unfinished: Path, sapo_run: Path, usual: list[object], evaluated: list[object],
-    capsys: pytest.CaptureFixture[str],
+    harm: str, unfinished: Path, sapo_run: Path, usual: list[object],
+    capsys: Any,
 ) -> None:  # fmt: skip
     newest = unfinished / "checkpoints" / "step-6"
     HARMS[harm](newest)
-    assert run(*usual, *evaluated, "--resume") == 0
+    assert run(*usual, *EVALUATED, "--resume") == 0
     shown = capsys.readouterr()
     assert shown.err.startswith(f"warning: {newest} is not whole")
     assert "resuming after step 3" in shown.out
     same(unfinished, sapo_run)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_more_ranks_give_the_run_of_one(
-    world: int, sapo_run: Path, usual: list[object], evaluated: list[object], tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    done = torchrun(world, [*usual, *evaluated, "--micro-batch-size", 2])
+def test_four_ranks_run_as_one_does(sapo_run: Path, usual: list[object], tmp_path: Path) -> None:
+    """test_runs.py, test_spin.py and test_sgpo.py have two."""
+    done = torchrun(4, [*usual, *EVALUATED, "--micro-batch-size", 2, "--activation-checkpointing"])
     assert done.returncode == 0, done.stderr[:6000]
-    alike(out, sapo_run, ("final", "checkpoints/step-6/policy"))
-    mine, theirs = (weights(folder, "checkpoints/step-6/state") for folder in (out, sapo_run))
-    for key, value in theirs.items():
-        equal = (
-            torch.allclose(mine[key], value, atol=2e-4)
-            if value.is_floating_point()
-            else (torch.equal(mine[key], value))
-        )
-        assert equal, key
+    names = ("final", "checkpoints/step-6/policy", "checkpoints/step-6/state")
+    alike(tmp_path / "run", sapo_run, names)
 
 
-def test_micro_batches_do_not_change_the_gradient(
-    sapo_run: Path, usual: list[object], tmp_path: Path
-) -> None:
+def test_micro_batches_change_nothing(sapo_run: Path, usual: list[object], tmp_path: Path) -> None:
     assert run(*usual, "--micro-batch-size", 1, "--nll-weight", 0) == 0
     one, other = weights(tmp_path / "run"), weights(sapo_run)
     assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in other)
@@ -268,7 +232,7 @@ def test_a_reference_held_in_bf16_computes_as_one_that_is_rounded_in_use(start: 
 
 def test_an_ema_in_host_memory_changes_nothing_and_wants_one_process(
     usual: list[object], tmp_path: Path, sapo_run: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     assert run(*usual, "--ema-offload") == 0
     losses = [row["loss"] for row in metrics(tmp_path / "run")]
@@ -320,12 +284,6 @@ def test_explicit_flags_win_over_the_recipe_and_the_recipe_over_defaults() -> No
     assert parse().max_prompt_length == 1792
 
 
-@pytest.mark.parametrize("name", train.RECIPES)
-def test_every_recipe_is_a_run_that_could_start(name: str) -> None:
-    config = train.parse_args(["--recipe", name, "--data", "rows.jsonl"])
-    assert vars(config).items() >= train.RECIPES[name].items()
-
-
 PAPERS: dict[str, dict[str, Any]] = {  # PAPERS, "Settings [code]" and "Baselines"
     "sapo-llama3-8b": {
         "lr": [5e-7], "schedule": "linear", "warmup": 0.1, "optimizer": "rmsprop", "batch_size": 64,
@@ -338,9 +296,8 @@ PAPERS: dict[str, dict[str, Any]] = {  # PAPERS, "Settings [code]" and "Baseline
         "optimizer": "adamw", "orpo_lambda": 0.05,
     },
     "spin-mistral-7b": {
-        "rounds": 4, "epochs": 6, "lr": [5e-7, 5e-7, 1e-7, 1e-7], "beta": [0.1, 0.1, 0.1, 5.0],
         "optimizer": "rmsprop", "batch_size": 64, "temperature": 1, "top_k": 0, "top_p": 1,
-        "max_new_tokens": 256,
+        "max_new_tokens": 256,  # what else it says: test_spin.py
     },
     "sft-llama3-8b": {
         "method": "sft", "epochs": 3, "batch_size": 128, "lr": [2e-5], "schedule": "cosine",
@@ -348,9 +305,10 @@ PAPERS: dict[str, dict[str, Any]] = {  # PAPERS, "Settings [code]" and "Baseline
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PAPERS)
-def test_recipes_hold_the_papers_values(name: str) -> None:
-    assert vars(parse("--recipe", name)).items() >= PAPERS[name].items()
+@pytest.mark.parametrize("name", train.RECIPES | PAPERS)
+def test_every_recipe_could_start_and_holds_the_papers_values(name: str) -> None:
+    config = parse("--recipe", name)
+    assert vars(config).items() >= (train.RECIPES[name] | PAPERS.get(name, {})).items()
 
 
 @pytest.mark.parametrize("base", ["tasks", "sapo-llama3-8b", "sapo-orpo-llama3-8b"])
@@ -403,11 +361,12 @@ def test_a_methods_own_defaults_can_be_changed(method: str, own: dict[str, Any])
         ("--adam-beta2 0.9", "adam-beta2"),
         ("--temperature 0 --top-k 5 --top-p 0.9", "top-k top-p"),
         ("--method spin --gate --rounds 2", "gate"),
+        ("--method dpo --keep-identical", "keep-identical"),
         ("--method sgpo --optimizer adamw --adam-beta2 0.9 --trace-steps 3", "trace-steps"),
     ],
 )
 def test_a_flag_that_nothing_reads_is_warned_of_once(
-    flags: str, unread: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    flags: str, unread: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parse(*flags.split())
     shown = capsys.readouterr()
@@ -419,16 +378,14 @@ def test_a_flag_that_nothing_reads_is_warned_of_once(
     assert capsys.readouterr().err == ""
 
 
-def test_a_runs_first_line_says_what_it_is(
-    start: Path, usual: list[object], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_runs_first_line_says_what_it_is(start: Path, usual: list[object], capsys: Any) -> None:
     assert run(*usual, "--method", "sft", "--steps", "2") == 0
     first = capsys.readouterr().out.splitlines()[0]
-    expected = "method sft, loss nll, model {}, 20 rows, 2 steps, rate 0.001, adamw, fp32"
+    expected = "method sft, loss nll, model {}, 24 rows, 2 steps, rate 0.001, adamw, fp32"
     assert first == expected.format(start)
 
 
-def test_help_names_every_flag_and_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_flag_and_recipe(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     shown = capsys.readouterr().out
@@ -450,7 +407,8 @@ BAD_FLAGS = (
 --model missing: missing; --out /proc/nowhere; --out LONG: xxx; --model LONG: xxx
 --beta 0.1 --loss orpo: --orpo-lambda; --beta 0.1 --method orpo: --orpo-lambda
 --method spin --lr 1e-4 -1: --lr; --method spin --beta 0: --beta; --method spin --rounds 0: --rounds
---method spin --iterations 2: --iterations
+--method spin --iterations 2: --iterations; --lr 1 1; --beta 1 1; --method dpo --lr 1 1: --lr
+--method spin --rounds 2 --lr 1 1 1: --lr; --method sgpo --data ROWS --beta 1 1: --beta
 """.strip()
     .replace("\n", "; ")
     .split("; ")
@@ -459,9 +417,9 @@ BAD_FLAGS = (
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
 def test_bad_flags_give_one_line_and_leave_nothing(
-    case: str, usual: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, usual: list[object], tmp_path: Path, capsys: Any
 ) -> None:
-    flags, _, named = case.replace("LONG", "x" * 300).partition(": ")
+    flags, _, named = case.replace("LONG", "x" * 300).replace("ROWS", ROWS).partition(": ")
     room = [] if "--max-length" in flags else ["--max-length", 64]
     assert run(*usual[:6], *room, *flags.split()) == 2
     assert (named or flags.split()[0]) in error_line(capsys)
@@ -471,10 +429,7 @@ def test_bad_flags_give_one_line_and_leave_nothing(
 BAD_DATA: dict[str, bytes] = {  # more of them are in test_data.py
     "empty": b"",
     "not UTF-8": b'{"prompt": "\xff", "response": "x"}',
-    "a number": b"3",
-    "cut off": b'{"prompt": "a", "respon',
     "no response": b'{"prompt": "a"}',
-    "deeply nested": b"[" * 100_000,
     "all too long": json.dumps({"prompt": "x" * 60, "response": "b"}).encode(),
     "a good row, then a bad one": b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n',
 }
@@ -546,7 +501,7 @@ def test_a_bad_checkpoint_gives_one_line_and_leaves_nothing(
 
 
 def test_the_embedded_default_makes_start_control_result_and_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setitem(train.START, "steps", 3)
     out = tmp_path / "run"
@@ -564,6 +519,7 @@ def test_the_embedded_default_makes_start_control_result_and_table(
 
 def test_one_seed_gives_one_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(train.START, "steps", 2)
+    monkeypatch.setattr(sample, "task_accuracy", lambda *_: {"seen": 0.0, "unseen": 0.0})  # slow
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         flags = ("--method", "sft", "--out", tmp_path / name, "--steps", 1, "--batch-size", 2)
         assert run(*flags, "--seed", seed) == 0
@@ -571,20 +527,13 @@ def test_one_seed_gives_one_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert files[0] == files[1] != files[2]
 
 
-def test_sampling_answers_a_prompt_and_a_file(sapo_run: Path, tmp_path: Path, capsys) -> None:
+def test_sampling_answers_a_prompt_and_each_time_alike(sapo_run: Path, capsys: Any) -> None:
+    """Files of prompts: test_sample.py; their formats: test_data.py."""
     model = ["--model", str(sapo_run / "final"), "--max-new-tokens", "5"]
-    assert sample.main([*model, "--prompt", "reverse abc"]) == 0
-    first = capsys.readouterr().out
-    assert sample.main([*model, "--prompt", "reverse abc"]) == 0
-    assert capsys.readouterr().out == first
-    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    turns = [{"role": "user", "content": "sort cab"}, {"role": "assistant", "content": "abc"}]
-    rows = [{"prompt": "reverse abc"}, {"messages": turns}, {"prompt": turns[:1]}]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert sample.main([*model, "--prompts", str(questions), "--out", str(answers)]) == 0
-    written = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [row["prompt"] for row in written] == ["reverse abc", "sort cab", "sort cab"]
-    assert all(isinstance(row["response"], str) for row in written)
+    for _ in range(2):
+        assert sample.main([*model, "--prompt", "reverse abc"]) == 0
+    shown = capsys.readouterr().out
+    assert shown[: len(shown) // 2] * 2 == shown != ""
 
 
 BAD_SAMPLING = (
@@ -602,25 +551,20 @@ BAD_SAMPLING = (
 
 
 @pytest.mark.parametrize("case", BAD_SAMPLING)
-def test_bad_flags_of_sampling_give_one_line(
-    case: str, start: Path, rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_flags_of_sampling_give_one_line(case: str, start: Path, capsys: Any) -> None:
     flags, _, named = case.partition(" -> ")
-    known = {"START": str(start), "ROWS": str(rows)}
+    known = {"START": str(start), "ROWS": ROWS}
     assert sample.main([known.get(flag, flag) for flag in flags.split()]) == 2
     assert named in error_line(capsys)
 
 
 def test_seeds_do_not_depend_on_the_process() -> None:
-    code = "from model import hash_seed; print(hash_seed('a', 1))"
-    told = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
-    assert int(told) == hash_seed("a", 1)
+    assert hash_seed("a", 1) == 6222101017213550541
 
 
-def test_sampling_that_fails_leaves_no_file(start: Path, rows: Path, tmp_path: Path) -> None:
+def test_sampling_that_fails_leaves_no_file(start: Path, tmp_path: Path) -> None:
     shutil.copytree(start, tmp_path / "model")
     shorten(tmp_path / "model" / "model.safetensors")
-    flags = ["--model", tmp_path / "model", "--prompts", rows]
-    flags += ["--out", tmp_path / "answers.jsonl"]
-    assert sample.main([str(flag) for flag in flags]) == 2
+    flags = ["--model", str(tmp_path / "model"), "--prompts", ROWS]
+    assert sample.main([*flags, "--out", str(tmp_path / "answers.jsonl")]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
