@@ -10,9 +10,8 @@ Three kinds of tokenizer are read, and `transformers` is needed for none of them
     tokenizer.model  SentencePiece (Llama 2, Mistral)             through sentencepiece
     tokenizer.model  tiktoken's own format (Llama 3)              through tiktoken
 
-Ids equal those of transformers, with these exceptions: runs of spaces, and leading ones, are what
-SentencePiece itself makes of them; a run of white space beyond 100,000 characters is cut; nothing
-is merged across a byte that the vocabulary lacks; NFC is that of Python's Unicode.
+Ids equal those of transformers, but that runs of spaces, and leading ones, are as SentencePiece has
+them, white space beyond 100,000 characters is cut, and no byte outside the vocabulary is merged.
 """
 
 import base64
@@ -305,7 +304,7 @@ class TargetServer:
         asked = {pool.submit(self.ask, turns): i for i, turns in enumerate(questions)}
         try:
             for done in as_completed(asked):
-                if done.exception() is None:
+                if done.exception() is None and done.result()[1] != "stopped":
                     yield asked[done], *done.result()
                 elif failure is None:
                     failure = done.exception()
@@ -322,7 +321,7 @@ class TargetServer:
         why, wait = "", 0.0
         for attempt in range(self.TRIES):
             if self.stopping.wait(wait):
-                break
+                return None, "stopped"
             try:
                 return self.post(body)
             except Again as error:
@@ -347,6 +346,7 @@ class TargetServer:
         if status >= 300:
             words = said.decode("utf-8", "replace").replace(self.key or "\0", "***")[:300]
             told = f"HTTP {status}: {words}; are OPENAI_API_KEY and --target-model right?"
+            self.stopping.set()  # nothing else is asked, while others' answers are read
             raise InputError(f"{self.url}: {told}")
         if len(said) > self.LONGEST:
             raise Again(f"a reply of more than {self.LONGEST} bytes", None)

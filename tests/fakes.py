@@ -42,8 +42,8 @@ class Run:
             self.seeds.append(seed)
         return [(self.say(prompt)[:budget], -1.0) for prompt, budget, _ in asked]
 
-    def logps(self, rows: list[Pair]) -> list[float]:
-        return [-float(len(row.chosen)) for row in rows]
+    def sums(self, _: Any, pairs: list[Pair]) -> list[tuple[float, float]]:
+        return [(-float(len(x.chosen)), -float(len(x.rejected))) for x in pairs]
 
     def train(self) -> None:
         """The update from policy t to t + 1."""

@@ -24,6 +24,7 @@ class Base:
 
     rate: list[Share] | None = None
     "one or more"
+    # Numbers:
     count: Count = 3
     "a number of \
 things"
@@ -52,7 +53,7 @@ def test_flags_are_the_fields_of_a_dataclass(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         parse("--help")
     shown = " ".join(capsys.readouterr().out.split())
-    order = "What all have: --rate", "of things [3] A method's: --kind", "--name STR text"
+    order = "A method's: --kind", "text What all have: --rate", "Numbers: --count", "of things [3]"
     assert re.search(".*".join(map(re.escape, order)) + "$", shown)
 
 

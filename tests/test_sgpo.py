@@ -105,7 +105,7 @@ CONTEXTS = {
 @pytest.mark.parametrize("given", CONTEXTS)
 def test_a_row_teaches_its_target_whose_perplexity_is_given_what_the_flag_says(given: Any) -> None:
     run, scored = learner(fence_given=given), list[Pair]()
-    run.logps = lambda rows: [scored.append(row) or -1.0 for row in rows]
+    run.sums = lambda _, pairs: [scored.append(pair) or (-1.0, 0.0) for pair in pairs]
     (row,), report = improver_rows([Target([user("sort ba")], "x", "ab")], [], run)
     assert tokenizer.decode(row.prompt) == CONTEXTS["improver"]
     assert (tokenizer.decode(row.chosen), row.rejected) == ("ab<|end|>", [])
@@ -133,7 +133,7 @@ def test_the_fence_is_tukeys_on_interpolated_quartiles() -> None:
 def test_targets_beyond_the_fence_fall_and_the_report_counts_them() -> None:
     targets, values = [Target([user("say")], "x", word) for word in "abcde"], [3, 10, 1, 4, 2]
     run = learner(fence_k=1.5)
-    run.logps = lambda rows: [-2 * math.log(value) for value in values]  # a letter and its EOS
+    run.sums = lambda *_: [(-2 * math.log(x), 0.0) for x in values]  # a letter and its EOS
     rows, report = improver_rows(targets, [], run)
     assert [tokenizer.decode(row.chosen)[0] for row in rows] == ["a", "c", "d", "e"]
     assert (report["dropped"], report["targets"], report["too_long"]) == (1, 5, 0)
@@ -266,7 +266,7 @@ def test_the_gate_asks_for_improvements_likelier_per_token() -> None:
     liked = {"AB": -3.0, "ab": -6.0, "CD": -9.0, "cd": -6.0, "EF": -6.0, "ef": -6.0}
     liked |= {"G": -5.0, "gh": -6.0, "IJ!!!": -6.5, "ij": -6.0}
     text = tokenizer.response_text
-    sgpo.run.logps = lambda rows: [liked[text(row.chosen)] for row in rows]
+    sgpo.run.sums = lambda _, pairs: [(liked[text(x[1])], liked[text(x[2])]) for x in pairs]
     assert {text(pair.chosen) for pair in sgpo.before_step(0)} == {"AB", "IJ!!!"}
     assert dropped(sgpo) == {"pairs": 2, "unlikely": 0.6}
 
