@@ -3,7 +3,6 @@
     tokenizer = load_tokenizer("path/to/checkpoint")
     examples = load_examples(["train.jsonl"])                               # text
     kept, pairs, counts = encode_examples(examples, tokenizer, 2048, 1792)  # token ids
-    examples = task_examples("pretrain", 100_000, seed=42)                  # the same, made up
 
 Three kinds of tokenizer are read, and `transformers` is needed for none of them:
 
@@ -12,9 +11,8 @@ Three kinds of tokenizer are read, and `transformers` is needed for none of them
     tokenizer.model  tiktoken's own format (Llama 3)              through tiktoken
 
 Ids equal those of transformers, with these exceptions: runs of spaces, and leading ones, are what
-SentencePiece itself makes of them; a run of white space beyond 100,000 characters is encoded in
-parts; nothing is merged across a byte that the vocabulary lacks (SmolLM2's lacks a few control
-characters); NFC is that of Python's Unicode. Whatever is wrong with a file is an `InputError`.
+SentencePiece itself makes of them; a run of white space beyond 100,000 characters is cut; nothing
+is merged across a byte that the vocabulary lacks; NFC is that of Python's Unicode.
 """
 
 import base64
@@ -44,6 +42,7 @@ from sentencepiece import SentencePieceProcessor
 from model import InputError, hash_seed, read_json, reading
 
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}, oldest first
+Turns = list[dict[str, str]]  # the same, read and checked
 
 
 class Cut(NamedTuple):
@@ -82,7 +81,6 @@ def encode_examples(
     examples: Sequence[Example], tokenizer: "Tokenizer", max_length: int, max_prompt_length: int
 ) -> tuple[list[Example], list[Pair], dict[str, int]]:
     """The examples that fit, their pairs, and how many rows were read, dropped and cut.
-
     A row whose prompt has `max_prompt_length` tokens or more is dropped (the official SAPO code's
     rule); responses are cut so that prompt and response have at most `max_length` tokens.
     Raises InputError where no row is left, and for a row that the chat template refuses."""
@@ -113,28 +111,22 @@ def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
         prompt = tokenizer.encode(text)
         if not prompt:
             raise InputError("the chat template makes an empty prompt; choose another")
-        chosen, rejected = (
-            _response_ids(tokenizer, example, text, prompt, answer) if answer else []
-            for answer in (example.response, example.rejected)
-        )
-        return Pair(prompt, chosen, rejected)
+        pair = Pair(prompt, chosen=[], rejected=[])
+        for side, answer in ((pair.chosen, example.response), (pair.rejected, example.rejected)):
+            if not answer:
+                continue
+            whole = tokenizer.render([*example.messages, {"role": "assistant", "content": answer}])
+            if not whole.startswith(text):
+                told = "the chat template's prompt is no prefix of the conversation that it renders"
+                raise InputError(f"{told}; choose another by --chat-template")
+            ids = tokenizer.encode(whole)
+            if ids[: len(prompt)] != prompt:
+                # Merged across the boundary. When generating, the prompt's tokens are there first.
+                ids = prompt + tokenizer.encode(whole[len(text) :], continuing=True)
+            side.extend(tokenizer.end_turn(ids[len(prompt) :]))
+        return pair
     except InputError as error:
         raise InputError(f"{example.where}: {error}") from None
-
-
-def _response_ids(
-    tokenizer: "Tokenizer", example: Example, text: str, prompt: list[int], answer: str
-) -> list[int]:
-    """What the template for the whole conversation adds to the prompt, through its last EOS."""
-    whole = tokenizer.render([*example.messages, {"role": "assistant", "content": answer}])
-    if not whole.startswith(text):
-        told = "the chat template's prompt is no prefix of the conversation that it renders"
-        raise InputError(f"{told}; choose another by --chat-template")
-    ids = tokenizer.encode(whole)
-    if ids[: len(prompt)] == prompt:
-        return tokenizer.end_turn(ids[len(prompt) :])
-    # Merged across the boundary. When generating, the prompt's tokens are there first.
-    return tokenizer.end_turn(tokenizer.encode(whole[len(text) :], continuing=True))
 
 
 # -------------------------------------------------------------------------------------- data files
@@ -152,11 +144,9 @@ def load_examples(
     Rows are `{"messages"}`, `{"prompt", "chosen", "rejected"}`, `{"prompt", "response"}` or
     `{"real", "generated"}`; each side is text or messages, with or without the prompt before it.
     `rejected`: each row must have a rejected side; None: it may; False: that is not even looked at.
-    `prompts`: a row may end with the user's turn, and then has the response "".
-    """
+    `prompts`: a row may end with the user's turn, and then has the response ""."""
     files = [paths] if isinstance(paths, str | Path) else paths
-    rows = (found for file in files for found in read_rows(file))
-    return [_example(row, where, rejected, prompts) for where, row in rows]
+    return [_example(*found, rejected, prompts) for file in files for found in read_rows(file)]
 
 
 class Target(NamedTuple):
@@ -205,7 +195,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: no rows; give at least one")
 
 
-def _example(row: Any, where: str, rejected: bool | None, prompts: bool) -> Example:
+def _example(where: str, row: Any, rejected: bool | None, prompts: bool) -> Example:
     if not isinstance(row, dict):
         raise InputError(f"{where}: a row should be a JSON object, not {_short(row)}")
     prompt = _turns(row["prompt"], "prompt", "user", where) if row.get("prompt") else []
@@ -228,9 +218,7 @@ def _example(row: Any, where: str, rejected: bool | None, prompts: bool) -> Exam
     return Example(tuple(messages), response, answer, where)
 
 
-def _side(
-    row: dict[str, Any], key: str, prompt: list[dict[str, str]], where: str
-) -> tuple[list[dict[str, str]], str]:
+def _side(row: dict[str, Any], key: str, prompt: Turns, where: str) -> tuple[Turns, str]:
     """(the turns before the response, the response). Of `prompt`, the turns known from elsewhere,
     and those in the side, one may hold the other: a system turn may be in one alone."""
     *context, last = _turns(row[key], key, "assistant", where)
@@ -246,7 +234,7 @@ def _side(
     raise InputError(f"{where}: {key!r} does not answer the row's prompt")
 
 
-def _asked(turns: list[dict[str, str]], where: str) -> list[dict[str, str]]:
+def _asked(turns: Turns, where: str) -> Turns:
     """The turns without a last one of the assistant's: what is to be answered."""
     turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
     if not turns or turns[-1]["role"] != "user":
@@ -254,7 +242,7 @@ def _asked(turns: list[dict[str, str]], where: str) -> list[dict[str, str]]:
     return turns
 
 
-def _turns(value: Any, key: str, role: str, where: str) -> list[dict[str, str]]:
+def _turns(value: Any, key: str, role: str, where: str) -> Turns:
     """A list of turns, from one, or from the text of one turn of `role`."""
     turns = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not isinstance(turns, list) or not turns:
@@ -375,11 +363,9 @@ class TargetServer:
 
 # -------------------------------------------------------------------- tokenizers and chat templates
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
-    "generation_config.json",
-)
+TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
+    added_tokens.json vocab.json merges.txt chat_template.jinja generation_config.json
+    """.split()  # noqa: SIM905
 FALLBACKS = {  # for base models, which have none. A <|name|> in them is a token that they need
     "chatml": "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -411,11 +397,9 @@ def load_tokenizer(
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer and chat template, made by `load_tokenizer`.
-
-    eos_ids: what may end an assistant's turn; the tokenizer's own EOS is first.
-    vocab_size: the largest id + 1, which a padded embedding may exceed.
-    """
+    """A checkpoint's tokenizer and chat template, made by `load_tokenizer`. `eos_ids` may end an
+    assistant's turn, and the tokenizer's own EOS is the first of them; `vocab_size` is the largest
+    id + 1, which a padded embedding may exceed."""
 
     def __init__(self, folder: Path, chat_template: str | None, date: datetime) -> None:
         files = [folder / name for name in TOKENIZER_FILES]
@@ -569,15 +553,12 @@ JINJA.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_asci
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same within the segments between digits: a digit ends a segment, and so a run of white space.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_SPECIAL = (  # in the order of their ids; reserved ones follow, to 256 in all
-    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
-    *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id"),
-    *("python_tag", "image"),
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+LLAMA3 += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# In the order of their ids; reserved ones follow, to 256 in all.
+LLAMA3_SPECIAL = """begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1
+    finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image
+    """.split()  # noqa: SIM905
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [b for b in range(256) if b not in _VISIBLE]
 ALPHABET = {chr(b): b for b in _VISIBLE} | {chr(256 + i): b for i, b in enumerate(_HIDDEN)}
@@ -625,11 +606,9 @@ class BytePairs:
 
 
 class SentencePieces:
-    """A SentencePiece model, with its control tokens found in the text as transformers does.
-
-    Of tokenizer_config.json it reads two keys: with `legacy`, a space is put in front of each text
-    between added tokens, and not only of the first; without `add_prefix_space`, of none.
-    """
+    """A SentencePiece model, with its control tokens found in the text as transformers does. Of
+    tokenizer_config.json it reads two keys: with `legacy`, a space is put in front of each text
+    between added tokens, and not only of the first; without `add_prefix_space`, of none."""
 
     nfc, to_bytes = False, staticmethod(str.encode)
 
@@ -637,8 +616,7 @@ class SentencePieces:
         self.legacy = bool(config.get("legacy", False))  # as transformers 5 has it
         self.prefix = config.get("add_prefix_space") is not False
         # Concatenated protocol buffers are merged: this is normalizer_spec.add_dummy_prefix = false
-        bare = model + b"\x1a\x02\x18\x00"
-        self.bare = SentencePieceProcessor(model_proto=bare)
+        self.bare = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         self.spaced = sp = SentencePieceProcessor(model_proto=model) if self.prefix else self.bare
         ids, pieces = range(len(sp)), [sp.id_to_piece(i) for i in range(len(sp))]
         self.vocab = dict(zip(pieces, ids, strict=True))
@@ -746,8 +724,7 @@ def _token_order(
     tiktoken merges any two neighbours whose bytes are a token; `tokenizer.json` only listed pairs.
     The two agree if each token's own bytes merge into it by listed pairs: had another pair met,
     with a better rank, it would have met there too. tiktoken must not know a token that fails this;
-    unless it stands for a piece that equals it (`whole`, in the file ignore_merges).
-    """
+    unless it stands for a piece that equals it (`whole`, in the file ignore_merges)."""
     ranks: dict[tuple[str, ...], int] = {(a, b): rank for rank, (a, b) in enumerate(merges)}
     made = {"".join(pair) for pair in ranks}
     if not made <= vocab.keys():
@@ -801,28 +778,25 @@ def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> 
     split: "pretrain" has all kinds and answers of which half are right, and for `rewrite_share` of
     its rows REWRITE_PROMPT with a draft, the response being another draft; "clean" has seen kinds,
     "validation" and "test" have all, with right answers and a flawed `rejected`. A prompt's hash
-    puts it in one of test, validation and training, so that these share none.
-    """
+    puts it in one of test, validation and training, so that these share none."""
     if split not in _SHARES:
         raise InputError(f"split {split!r} is not one of {', '.join(_SHARES)}")
     rng = random.Random(hash_seed("tasks", split, seed))
     kinds = SEEN if split == "clean" else [*chain(*zip(SEEN, UNSEEN, strict=True))]
-    return [_task(split, i, kinds[i % len(kinds)], rewrite_share, rng) for i in range(n)]
-
-
-def _task(split: str, index: int, kind: str, rewrite_share: float, rng: random.Random) -> Example:
-    prompt = _prompt(kind, rng)
-    while not in_split(split, prompt):
-        prompt = _prompt(kind, rng)
-    answer, rejected = right_answer(prompt), None
-    if split != "pretrain":
-        rejected = flawed_answer(answer, rng)
-    else:
-        draft, answer = (a if rng.random() < 0.5 else flawed_answer(a, rng) for a in (answer,) * 2)
-        if rng.random() < rewrite_share:
-            prompt = REWRITE_PROMPT.format(prompt=prompt, draft=draft)
-    turn = {"role": "user", "content": prompt}
-    return Example((turn,), answer, rejected, f"task:{split}:{index}")
+    examples = []
+    for i in range(n):
+        while not in_split(split, prompt := _prompt(kinds[i % len(kinds)], rng)):
+            pass
+        gold, rejected = right_answer(prompt), None
+        if split == "pretrain":
+            draft, answer = (a if rng.random() < 0.5 else flawed_answer(a, rng) for a in [gold] * 2)
+            if rng.random() < rewrite_share:
+                prompt = REWRITE_PROMPT.format(prompt=prompt, draft=draft)
+        else:
+            answer, rejected = gold, flawed_answer(gold, rng)
+        turn = {"role": "user", "content": prompt}
+        examples.append(Example((turn,), answer, rejected, f"task:{split}:{i}"))
+    return examples
 
 
 def in_split(split: str, prompt: str) -> bool:
@@ -852,11 +826,10 @@ def right_answer(prompt: str) -> str:
         return f"{'-'.join(counts)} > {counts[-1]}"
     if kind == "add" and len(words) == 2 and all(re.fullmatch("[1-9][0-9]", w) for w in words):
         a, b = map(int, words)
-        ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
-        tens = a // 10 + b // 10 + carry
+        ones = a % 10 + b % 10
+        tens = a // 10 + b // 10 + ones // 10
         return f"{a % 10}+{b % 10}={ones}-{a // 10}+{b // 10}={tens} > {a + b}"
-    right = "a built-in task such as 'reverse abcd' or 'add 46 27'"
-    raise InputError(f"{_short(prompt)} is not {right}")
+    raise InputError(f"{_short(prompt)} is no built-in task such as 'reverse abcd' or 'add 46 27'")
 
 
 def flawed_answer(answer: str, rng: random.Random) -> str:

@@ -94,12 +94,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model whose parameter names are Hugging Face's.
-
-    `compute_dtype` is the type of activations, by default that of the weights: with fp32 weights
-    and bf16 here, each matrix is rounded as it is used, and its gradient arrives in fp32. With
-    `checkpointing` a backward pass computes each block again, in place of keeping its activations.
-    """
+    """A decoder-only language model. `compute_dtype` is the type of activations, by default that of
+    the weights: with fp32 weights and bf16 here, each matrix is rounded as it is used, and its
+    gradient arrives in fp32. With `checkpointing` a backward pass computes each block again, in
+    place of keeping its activations."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -284,18 +282,17 @@ class Packed:
 
     def __init__(self, sizes: list[int], prefixes: list[int], device: torch.device) -> None:
         self.sizes, self.seen_sizes = sizes, [*map(sum, zip(sizes, prefixes, strict=True))]
-        positions: list[int] = []
-        seen: list[int] = []  # the tokens that each sequence sees, one sequence behind the other
+        positions, seen = list[int](), list[int]()
         before = start = 0
         for size, prefix in zip(sizes, prefixes, strict=True):
             positions += range(prefix, prefix + size)
             seen += [*range(before, before + prefix), *range(start, start + size)]
             before, start = start, start + size
         self.positions = torch.tensor(positions, device=device)  # (T,)
-        self.seen = torch.tensor(seen, device=device)  # (S,)
-        self.most = max(sizes), max(self.seen_sizes)
+        self.seen = torch.tensor(seen, device=device)  # (S,): what each sequence sees
         ends = [[0, *accumulate(counts)] for counts in (sizes, self.seen_sizes)]
         self.ends = torch.tensor(ends, dtype=torch.int32, device=device).unbind()
+        self.bounds: Any = (*self.ends, max(sizes), max(self.seen_sizes))
 
     def prepare(self, config: Config, dtype: torch.dtype) -> None:
         """Builds what is added to the attention scores, once per forward pass: not per layer, and
@@ -303,8 +300,13 @@ class Packed:
         self.one_kernel = has_kernel(self.positions.device, dtype, config.head_dim)
         self.biases: dict[int | None, Any] = {}
         for window in () if self.one_kernel else set(config.windows):
-            both, where = zip(self.sizes, self.seen_sizes, strict=True), self.positions.device
-            self.biases[window] = [causal_bias(*counts, window, dtype, where) for counts in both]
+            self.biases[window] = []
+            for size, seen in zip(self.sizes, self.seen_sizes, strict=True):
+                bias = None  # SDPA's own causal mask, where that says the same
+                if not size == seen <= (window or seen):
+                    at = torch.arange(seen, device=self.positions.device)
+                    bias = causal_bias(at[seen - size :, None] - at, window, dtype)
+                self.biases[window].append(bias)
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
         """What the queries of a layer find, (T, H, E)."""
@@ -313,8 +315,7 @@ class Packed:
             return self.one_by_one(q_THE, k_SKE, v_SKE, attention.window)
         # Its window counts the tokens before the query; -1 is all of them.
         window = (-1 if attention.window is None else attention.window - 1, 0)
-        sizes: Any = (*self.ends, *self.most)
-        found: Any = varlen_attn(q_THE, k_SKE, v_SKE, *sizes, window_size=window, **GROUPED)
+        found: Any = varlen_attn(q_THE, k_SKE, v_SKE, *self.bounds, window_size=window, **GROUPED)
         return found
 
     @torch.compiler.disable  # the sizes change with every batch
@@ -322,10 +323,9 @@ class Packed:
         """The same without `varlen_attn`, a sequence at a time."""
         if not q.is_cpu:  # no fused kernel there takes fp32 and grouped heads
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        grouped, counts = q.shape[1] != k.shape[1], self.seen_sizes
-        q_1HTE, k_1KSE, v_1KSE = (x.transpose(0, 1)[None] for x in (q, k, v))
-        parts = (q_1HTE.split(self.sizes, 2), k_1KSE.split(counts, 2), v_1KSE.split(counts, 2))
-        attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=grouped)
+        wanted = ((q, self.sizes), (k, self.seen_sizes), (v, self.seen_sizes))
+        parts = (x.transpose(0, 1)[None].split(counts, 2) for x, counts in wanted)  # (1, H, T, E)
+        attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
         both = zip(*parts, self.biases[window], strict=True)
         found = [attend(*qkv, attn_mask=bias, is_causal=bias is None) for *qkv, bias in both]
         return torch.cat(found, 2).squeeze(0).transpose(0, 1)
@@ -341,38 +341,26 @@ def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     return fits and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def causal_bias(
-    queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """(queries, keys) for queries that are the last of the keys' tokens: 0 where one is seen, -inf
-    elsewhere. None where SDPA's own causal mask says the same."""
-    if queries == keys and (window is None or keys <= window):
-        return None
-    at = torch.arange(keys, device=device)
-    behind = at[keys - queries :, None] - at
-    hidden = (behind < 0) | (behind >= (window or keys))
-    return hidden.to(dtype).masked_fill_(
-        hidden, -math.inf
-    )  # of a bool SDPA would make it per layer
+def causal_bias(behind: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """0 where a query sees a key that is so many tokens `behind` it, -inf elsewhere, in the shape
+    of `behind`. Of a bool SDPA would make this in every layer."""
+    hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+    return hidden.to(dtype).masked_fill_(hidden, -math.inf)
 
 
 class Branches(Packed):
     """Trees: of each pair its common prefix once, then both tails, which see the prefix and
     themselves. Its first sequence is prefix and chosen tail, its second the rejected tail. What is
-    read are the log-probs of M response tokens, in the order of `lengths`: for each pair those
-    shared, those of the chosen tail, those of the rejected tail.
-    """
+    read are the log-probs of M response tokens (`targets`, predicted at `places`), in the order of
+    `lengths`: for each pair those shared, those of the chosen tail, those of the rejected tail."""
 
     def __init__(self, pairs: Sequence[Any], device: torch.device) -> None:
-        lists: tuple[list[int], ...] = tuple([] for _ in range(6))
-        # `places` are where each scored token, one of `targets`, is predicted.
-        tokens, places, targets, sizes, prefixes, self.lengths = lists
+        tokens, places, targets, sizes, prefixes, self.lengths = (list[int]() for _ in range(6))
         for prompt, chosen, rejected, *_ in pairs:
             if not prompt:
                 raise ValueError("a pair needs a prompt, or its first token has no context")
             shared, start = common_prefix(chosen, rejected), len(tokens)
-            tail = rejected[shared:]
-            prefix, fork = len(prompt) + shared, len(prompt) + len(chosen)
+            tail, prefix, fork = rejected[shared:], len(prompt) + shared, len(prompt) + len(chosen)
             tokens += [*prompt, *chosen, *tail]
             places += range(start + len(prompt) - 1, start + fork - 1)
             places += [start + prefix - 1, *range(start + fork, len(tokens) - 1)][: len(tail)]
@@ -406,11 +394,9 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 class Cache(Packed):
     """A static key-value cache of B rows: made of prompts, which it takes in at once, packed; each
     `step` then adds a token to each row (T = B). `logits_BV` are those after what was added last.
-
     `size` is the most tokens that a row will have; a step reads `width` of them, with `record` a
     multiple of 128: such steps are recorded, and replayed with new numbers until a shape changes.
-    `record(step)` gives a function that does what step() does, and the tensor that it fills.
-    """
+    `record(step)` gives a function that does what step() does, and the tensor that it fills."""
 
     def __init__(self, model: Transformer, prompts: Sequence[Any], size: int, record: Any) -> None:
         self.lengths, self.size, self.width = [*map(len, prompts)], size, 0
@@ -462,11 +448,10 @@ class Cache(Packed):
         """As Packed's; in a step (B, 1, 1, S), for the one query of each row."""
         if not self.width:
             return super().prepare(config, dtype)
-        places, last_B1 = torch.arange(self.width, device=self.rows.device), self.positions[:, None]
+        places_S = torch.arange(self.width, device=self.rows.device)
+        behind_B11S = self.positions[:, None, None, None] - places_S
         for window in set(config.windows):
-            far = False if window is None else places <= last_B1 - window
-            hidden = ((places > last_B1) | far)[:, None, None]
-            self.biases[window] = hidden.to(dtype).masked_fill_(hidden, -math.inf)
+            self.biases[window] = causal_bias(behind_B11S, window, dtype)
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
         """As Packed's; stores k and v, and in a step attends to all that is stored."""
@@ -508,10 +493,9 @@ def pair_logprobs(model: Transformer, pairs: Sequence[Any]) -> tuple[Tensor, ...
 
 def pair_sums(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What `pair_logprobs` returns, from what `pair_token_logprobs` returns."""
-    shared, chosen, rejected = torch.stack([part.sum() for part in parts]).view(-1, 3).unbind(1)
-    counts = torch.tensor([float(len(part)) for part in parts], device=shared.device).view(-1, 3)
-    n_chosen, n_rejected = counts[:, 0] + counts[:, 1], counts[:, 0] + counts[:, 2]
-    return shared + chosen, shared + rejected, n_chosen, n_rejected
+    sums = torch.stack([part.sum() for part in parts]).view(-1, 3)
+    counts = torch.tensor([float(len(part)) for part in parts], device=sums.device).view(-1, 3)
+    return tuple(x[0] + tail for x in (sums.unbind(1), counts.unbind(1)) for tail in x[1:])
 
 
 def pair_token_logprobs(model: Transformer, pairs: Sequence[Any]) -> list[Tensor]:
@@ -531,8 +515,7 @@ class TokenLogprobs(torch.autograd.Function):
         """(M,) float32."""
         ctx.save_for_backward(x_MD, head_VD, targets_M)
         ctx.rows = max(1, LOGITS[x_MD.device.type] // len(head_VD))
-        ctx.kept, parts = [], []
-        head = head_VD.to(x_MD.dtype)
+        ctx.kept, parts, head = [], [], head_VD.to(x_MD.dtype)
         for x, targets in zip(x_MD.split(ctx.rows), targets_M.split(ctx.rows), strict=True):
             *chunk, logps_M = exponentials(x, head, targets)
             parts.append(logps_M)
@@ -586,18 +569,13 @@ def generate(
     return_logprobs: bool = False,
     batch_size: int = 64,
 ) -> Any:
-    """Samples a continuation of each prompt: lists of new token ids, EOS included.
+    """Samples a continuation of each prompt, none empty: lists of new token ids, EOS included.
 
-    Args:
-        prompts: token ids, of any lengths, none empty.
-        max_new_tokens: one number, or one per row.
-        temperature: divides the logits; 0 is greedy. top_k (0: off) and then top_p filter them.
-        seed: an int, hashed with the row's index, or one seed per row. A row's draws depend on its
-            own seed alone, and are made on the CPU.
-        return_logprobs: also returns the log-probs of the tokens under the model as it is, before
-            temperature and filters: (tokens, logprobs).
-        batch_size: rows decoded together; they are sorted, so that like lengths meet.
-    """
+    `max_new_tokens` and `seed` are for all rows (a seed is hashed with the row's index), or one per
+    row. A row's draws depend on its own seed alone, and are made on the CPU. `temperature` divides
+    the logits, 0 being greedy; then top_k (0: off) and then top_p filter them. `return_logprobs`:
+    gives (tokens, log-probs of these under the model as it is, before temperature and filters).
+    `batch_size` rows are decoded together; they are sorted, so that like lengths meet."""
     count = len(prompts)
     budgets = [max_new_tokens] * count if isinstance(max_new_tokens, int) else [*max_new_tokens]
     seeds = [hash_seed(seed, i) for i in range(count)] if isinstance(seed, int) else [*seed]
@@ -692,10 +670,9 @@ def sample_tokens(
 ) -> Tensor:
     """Picks a token a row by inverting the distribution at a uniform number in [0, 1): (B,) int64.
 
-    Temperature, then top-k (ties with the k-th stay), then top-p, as transformers orders them.
-    Candidates stay in the order of their ids, so that a near-tie that rounding decides
-    differently on two machines does not change which token a number falls on.
-    """
+    Temperature, then top-k (ties with the k-th stay), then top-p, as transformers orders them. The
+    ids of candidates keep their order, so that a near-tie that rounding decides differently on two
+    machines does not change which token a number falls on."""
     if temperature == 0:
         return logits_BV.argmax(-1)
     logits, ids = logits_BV.float(), None
@@ -705,8 +682,7 @@ def sample_tokens(
         if (best.values[:, top_k:] == least).any():
             best = logits.topk(int((logits >= least).sum(-1).max()))
         ids, order = best.indices.sort()
-        logits = best.values.gather(1, order)
-        logits = logits.masked_fill(logits < least, -math.inf)
+        logits = best.values.masked_fill(best.values < least, -math.inf).gather(1, order)
     logits = logits.nan_to_num(neginf=-math.inf)  # an exploded model still gives some token
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_p < 1:
@@ -796,13 +772,13 @@ class Config:
             known[key] = value if known.get(key) is None else known[key]
         known["qkv_bias"] = known["attention_bias"] or family == "qwen2"
         hints = get_type_hints(cls, include_extras=True)
-        for key, hint in hints.items():
-            if get_origin(hint) is Annotated:
-                (kind, low, high), value = get_args(hint), known.get(key)
-                fits = type(value) in ((int, float) if kind is float else (kind,))
-                if not fits or not low <= value <= high:
-                    told = f"{value!r}, not {kind.__name__} from {low} to {high}"
-                    raise InputError(f"{where}: {key} is {told}")
+        limits = {k: get_args(hint) for k, hint in hints.items() if get_origin(hint) is Annotated}
+        for key, (kind, low, high) in limits.items():
+            value = known.get(key)
+            fits = type(value) in ((int, float) if kind is float else (kind,))
+            if not fits or not low <= value <= high:
+                right = f"not {kind.__name__} from {low} to {high}"
+                raise InputError(f"{where}: {key} is {value!r}, {right}")
         kv_heads, size = known["num_key_value_heads"], known["head_dim"]
         if heads % kv_heads or size % 2 or heads * size > 2**22:
             told = f"{heads}, num_key_value_heads {kv_heads} and head_dim {size} do not fit"
@@ -875,8 +851,7 @@ def find_weights(parameters: Mapping[str, Tensor], path: str | Path) -> Tensors:
         (file, dtype, shape), want = tensors.found[name], [*parameter.shape]
         if shape != want or dtype not in ("F32", "F16", "BF16"):
             raise InputError(f"{file}: {name} is {dtype} {shape}, not F32, F16 or BF16 {want}")
-    tied = head in tensors and head not in parameters
-    if tied and not torch.equal(tensors[head], tensors[embedding]):
+    if head in tensors.keys() - parameters and not torch.equal(tensors[head], tensors[embedding]):
         raise InputError(f"{path}: tie_word_embeddings is true, but {head} is not {embedding}")
     return tensors
 

@@ -1,5 +1,4 @@
-"""Look at a model: sample answers, measure it on the built-in tasks; and at a run: its curves, and
-its pairs in colour.
+"""Look at a model, its answers and its accuracy, and at the curves of a run.
 
     python sample.py --model OUT/final --prompt "Why is the sky blue?" --improve 3
     python sample.py --model OUT/final --prompts questions.jsonl --out answers.jsonl
@@ -15,7 +14,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TextIO, get_args, get_origin, get_type_hints
@@ -30,9 +29,21 @@ IMPROVER_FILE = "improver_prompt.json"  # in a model's folder: how it was asked 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parses, samples, and turns bad input into one line and exit status 2."""
+    """Parses, samples, prints or writes, and turns bad input into one line and exit status 2."""
     try:
-        answer(parse_args(argv))
+        flags = parse_args(argv)
+        talks: list[data.Messages] = [[{"role": "user", "content": flags.prompt or ""}]]
+        if flags.prompts is not None:
+            talks = [row.messages for row in data.load_examples(flags.prompts, prompts=True)]
+        with whole_file(flags.out) if flags.out else contextlib.nullcontext(sys.stdout) as file:
+            answers = sample_answers(*load(flags), flags, talks)
+            if flags.prompts is None:
+                print(*answers[0], sep=f"\n\n{'-' * 20}\n\n")
+                return 0
+            for turns, (*drafts, last) in zip(talks, answers, strict=True):
+                told = {"drafts": drafts} if drafts else {}
+                row = {"prompt": sgpo.as_prompt(turns), "response": last} | told
+                print(json.dumps(row, ensure_ascii=False), file=file)
         return 0
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,28 +54,27 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is the one line of every other bad input."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises InputError."""
         raise InputError(message)
 
 
 def parse_flags(parser: argparse.ArgumentParser, kind: type, argv: Sequence[str]) -> dict[str, Any]:
-    """What was given of a dataclass's fields, each of which is a flag. The type says what is read,
-    and from where to where a number goes; the string under a field is its help; the class that it
-    stands in is its group, called as its docstring begins."""
-    source = "".join(inspect.getsource(part) for part in kind.__mro__[:-1])
-    helps = dict(re.findall(r'^    (\w+): .*\n    "((?:[^"\\]|\\\n)*)"', source, re.MULTILINE))
+    """What was given of a dataclass's fields, each of which is a flag: the type says what is read,
+    and a number's bounds; the string below is its help; its class's docstring begins its group."""
+    field = re.compile(r'^    (?:# (.+):|(\w+): .*\n    "((?:[^"\\]|\\\n)*)")$', re.MULTILINE)
     hints, spans = get_type_hints(kind, include_extras=True), dict[str, list[Any]]()
-    for part in filter(inspect.get_annotations, reversed(kind.__mro__)):
-        group = parser.add_argument_group((part.__doc__ or "").split("\n")[0].rstrip("."))
-        for name in inspect.get_annotations(part):
+    for part in kind.__mro__[:-1]:
+        group = parser.add_argument_group((part.__doc__ or "").split(".")[0])
+        for title, name, told in field.findall(inspect.getsource(part)):
+            if title:
+                group = parser.add_argument_group(title)
+                continue
             hint, default, how = hints[name], getattr(kind, name, None), dict[str, Any]()
-            while (origin := get_origin(hint)) not in (None, Literal, Annotated):
+            while (origin := get_origin(hint)) not in (None, Literal):  # of X | None it takes X
+                hint, *rest = get_args(hint)
                 how |= {"nargs": "+"} if origin is list else {}
-                hint = next(inner for inner in get_args(hint) if inner is not type(None))
-            if origin is Annotated:
-                hint, *spans[name] = get_args(hint)
+                spans |= {name: rest} if origin is Annotated else {}
             brief = "" if default is None or "\n" in str(default) else f" [{default}]"
-            how["help"] = helps[name].replace("\\\n", "") + brief
+            how["help"] = told.replace("\\\n", "") + brief
             if hint is bool:
                 how["action"] = argparse.BooleanOptionalAction
             elif origin is Literal:
@@ -73,9 +83,9 @@ def parse_flags(parser: argparse.ArgumentParser, kind: type, argv: Sequence[str]
                 how |= {"type": hint, "metavar": hint.__name__.upper()}
             group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
-    for name in spans.keys() & given.keys():
-        low, high = spans[name]
-        for value in given[name] if isinstance(given[name], list) else [given[name]]:
+    for name, (low, high) in spans.items():
+        found = given.get(name, [])
+        for value in found if isinstance(found, list) else [found]:
             if not low <= value <= high:  # NaN too
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} is {value}, but it must be from {low:g} to {high:g}")
@@ -135,22 +145,6 @@ def parse_args(argv: Sequence[str], kind: type[Flags] = Flags) -> Any:
     return flags
 
 
-def answer(flags: Flags) -> None:
-    """Reads the prompts, samples, prints or writes."""
-    talks: list[data.Messages] = [[{"role": "user", "content": flags.prompt or ""}]]
-    if flags.prompts is not None:
-        talks = [row.messages for row in data.load_examples(flags.prompts, prompts=True)]
-    with whole_file(flags.out) if flags.out else contextlib.nullcontext(sys.stdout) as file:
-        answers = sample_answers(*load(flags), flags, talks)
-        if flags.prompts is None:
-            print(*answers[0], sep=f"\n\n{'-' * 20}\n\n")
-            return
-        for turns, (*drafts, last) in zip(talks, answers, strict=True):
-            asked = turns[0]["content"] if len(turns) == 1 else turns
-            row = {"prompt": asked, "response": last} | ({"drafts": drafts} if drafts else {})
-            print(json.dumps(row, ensure_ascii=False), file=file)
-
-
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[TextIO]:
     """A file: opened at once, for sampling takes long, and renamed when whole."""
@@ -177,9 +171,7 @@ def sample_answers(
     model: Transformer, tokenizer: data.Tokenizer, flags: Flags, talks: Sequence[data.Messages]
 ) -> list[list[str]]:
     """Of each conversation an answer, then `flags.improve` times an improvement of the last."""
-    file, instruction = Path(flags.model or "") / IMPROVER_FILE, flags.improver_instruction
-    if instruction is None:
-        instruction = read_instruction(file) if flags.improve and file.exists() else sgpo.IMPROVER
+    instruction = flags.improver_instruction or read_instruction(flags.model or "")
     asked, answers = list(talks), list[list[str]]()
     for i in range(1 + flags.improve):
         prompts = [tokenizer.apply_chat_template(turns, True) for turns in asked]
@@ -196,9 +188,10 @@ def sample_answers(
     return [list(texts) for texts in zip(*answers, strict=True)]
 
 
-def read_instruction(file: Path) -> str:
-    """How a model was asked for improvements when it was trained."""
-    instruction = read_json(file).get("instruction")
+def read_instruction(folder: str | Path) -> str:
+    """How a model was asked for improvements when it was trained; else as SGPO does by default."""
+    file = Path(folder) / IMPROVER_FILE
+    instruction = read_json(file).get("instruction") if file.exists() else sgpo.IMPROVER
     if not isinstance(instruction, str) or "{answer}" not in instruction:
         raise InputError(f"{file}: 'instruction' should be text that holds {{answer}}")
     return instruction
@@ -218,13 +211,13 @@ def task_accuracy(
     """Exact match on held-out prompts of the built-in tasks: shares for seen and unseen kinds."""
     examples = data.task_examples(split, 512, seed)
     prompts = [tokenizer.apply_chat_template(list(e.messages), True) for e in examples]
+    eos_ids = tokenizer.eos_ids
     answers = generate(
-        model, prompts, 48, temperature=temperature, eos_ids=tokenizer.eos_ids, seed=seed,
-        batch_size=512,
-    )  # fmt: skip
+        model, prompts, 48, temperature=temperature, eos_ids=eos_ids, seed=seed, batch_size=512
+    )
     right: dict[str, list[bool]] = {"seen": [], "unseen": []}
     for example, tokens in zip(examples, answers, strict=True):
-        prompt, ended = example.messages[-1]["content"], tokens[-1] in tokenizer.eos_ids
+        prompt, ended = example.messages[-1]["content"], tokens[-1] in eos_ids
         good = ended and data.check_answer(prompt, tokenizer.decode(tokens[:-1]))
         right["seen" if data.task_kind(prompt) in data.SEEN else "unseen"].append(good)
     return {kind: sum(marks) / len(marks) for kind, marks in right.items()}
@@ -241,25 +234,6 @@ def print_accuracies(models: dict[str, Path], tokenizer: data.Tokenizer, seed: i
         print(f"{name:12}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
 
 
-PANELS = (  # which keys of metrics.jsonl each has
-    *("(eval/)?loss", "rewards/(chosen|rejected|margins)", "(eval/)?rewards/accuracies"),
-    *("logps/(chosen|rejected)", "eval/accuracy/.*", "segment/identical|replay/times_sampled"),
-)
-
-
-def paint(pair: data.Pair, decode: Callable[[list[int]], str]) -> str:
-    """A pair with a cut in terminal colours: A plain, B green, B' red, C blue."""
-    assert pair.cut is not None
-    start, stop, new_stop, _ = pair.cut
-    green, red, blue, plain = "\033[32m", "\033[31m", "\033[34m", "\033[0m"
-    before, old, after = pair.chosen[:start], pair.chosen[start:stop], pair.chosen[stop:]
-    new, left = pair.rejected[start:new_stop], pair.rejected[new_stop:]
-    chosen = f"{decode(before)}{green}{decode(old)}{blue}{decode(after)}{plain}"
-    rejected = f"{decode(before)}{red}{decode(new)}{blue}{decode(left)}{plain}"
-    told = f"(A, {green}B{plain}, {red}B'{plain}, {blue}C{plain})"
-    return f"prompt    {decode(pair.prompt)}\nchosen    {chosen}\nrejected  {rejected}   {told}"
-
-
 def plot_curves(out: Path) -> None:
     """OUT/curves.png from OUT/metrics.jsonl, where matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -267,16 +241,18 @@ def plot_curves(out: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    keys = {key for row in rows for key in row}
+    panels = (
+        "eval/loss loss", "rewards/chosen rewards/margins rewards/rejected",
+        "eval/rewards/accuracies rewards/accuracies", "logps/chosen logps/rejected",
+        "eval/accuracy/seen eval/accuracy/unseen", "segment/identical replay/times_sampled",
+    )  # fmt: skip
     figure = Figure(figsize=(13, 6.5), layout="constrained")
-    for axis, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        for key in sorted(filter(re.compile(panel).fullmatch, keys)):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            marker = "." if len(points) < 9 else ""
-            axis.plot(*zip(*points, strict=True), label=key, marker=marker)
+    for axis, panel in zip(figure.subplots(2, 3).flat, panels, strict=True):
         axis.set(xlabel="step")
-        if axis.lines:
-            axis.legend(fontsize=8)
+        for key in panel.split():
+            if points := [(row["step"], row[key]) for row in rows if key in row]:
+                axis.plot(*zip(*points, strict=True), ".-", label=key)
+                axis.legend(fontsize=8)
     figure.savefig(out / "curves.png", dpi=110)
 
 

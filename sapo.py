@@ -20,7 +20,7 @@ A source makes the pairs that a loss learns from. SAPO's needs only prompts x an
     4. C counts draws by object identity and loses them on resume; ours are saved with the pairs.
     5. C masks the attention at every EOS, of prompt and response, scores the assistant's header
        with the response, and counts prompt and padding in ORPO's NLL; ours does none of it.
-    6. C never cuts a long response's last three tokens, its template's closers; ours has one, EOS.
+    6. C never cuts a long response's last three tokens, its template's closers; ours its one, EOS.
     7. Of a response too long for the room C always cuts the last tokens out; ours draws as ever.
     8. C computes in bf16, EMA and reference too, on fp32 master weights (DeepSpeed), AdamW's state
        in 8 bits (ORPO), most likely unclipped; ours in fp32 or bf16 (`--precision`), clipped at 1.
@@ -35,7 +35,7 @@ and each draw has a random stream of its own, keyed by (seed, purpose, step, ind
 import math
 import random
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Protocol
@@ -66,8 +66,8 @@ class Run(Protocol):
     ) -> list[Answer]:
         """Samples answers; `keep`: what a run has when it is stopped is there when it goes on."""
 
-    def logps(self, rows: Sequence[Pair]) -> list[float]:
-        """The summed log-probs of `chosen` under the policy."""
+    def sums(self, model: Any, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
+        """The summed log-probs of chosen and of rejected under a model, for each pair."""
 
 
 class Source:
@@ -81,7 +81,7 @@ class Source:
     def __init__(self, rows: Sequence[Any], run: Run) -> None:
         self.rows, self.run = rows, run
         self.bounds = self.schedule(len(rows), run.config)
-        self.round, self.reference_version = 0, 0  # the stretch begun; new where the reference is
+        self.round, self.reference_version = -1, 0  # the stretch begun; new where the reference is
         self.pool: dict[int, Pair] = {}  # the stretch's pairs by place, where they are its own
         self.metrics: dict[str, float] = {}
         self.fresh: list[Pair] = []  # the pairs that it made
@@ -98,11 +98,6 @@ class Source:
         """The number, first step and end of the stretch that step t is in."""
         number = sum(start <= t for start in self.bounds[:-1]) - 1
         return number, self.bounds[number], self.bounds[number + 1]
-
-    def bend(self, old: list[int], done: int) -> None:
-        """Takes up a stopped run's bounds; those ahead move where --steps has changed."""
-        ratio = (self.bounds[-1] - done) / max(1, old[-1] - done)
-        self.bounds[:-1] = [x if x < done else done + round((x - done) * ratio) for x in old[:-1]]
 
     def before_step(self, t: int) -> list[Pair]:
         """The pairs of the update from policy t to t + 1, of the whole global batch."""
@@ -166,10 +161,9 @@ class SAPO(Source):
         c, cuts, asked = self.run.config, [], []
         most = c.max_length if c.segment_length == "full" else int(c.segment_length)
         for i, row in enumerate(rows):
-            length = min(most, len(row.chosen))
-            space = c.max_length - len(row.prompt) - length  # for A, if B' is to fit behind it
+            space = c.max_length - len(row.prompt) - min(most, len(row.chosen))  # for A, with B'
             rng = random.Random(hash_seed(c.seed, purpose, "cut", t, i))
-            start, stop = choose_segment(len(row.chosen), length, space, rng, c.segment_rule)
+            start, stop = choose_segment(len(row.chosen), most, space, rng, c.segment_rule)
             cuts.append((start, stop))
             seed = hash_seed(c.seed, purpose, "sample", t, i)
             asked.append((row.prompt + row.chosen[:start], stop - start, seed))
@@ -258,10 +252,10 @@ def choose_segment(
     response_len: int, segment_len: int, max_start: int, rng: random.Random, rule: str = "official"
 ) -> tuple[int, int]:
     """Where to cut a response, in tokens: [start, stop) of L = min(segment_len, response_len).
-    "official": start is uniform in [0, min(response_len - 3 - L, max_start)], or 0 where that is
-    empty; "uniform": the same without the 3. `max_start` is the space that --max-length leaves."""
+    "official": start is uniform in [0, min(response_len - 1 - L, max_start)], or 0 where that is
+    empty; "uniform": the same without the 1. `max_start` is the space that --max-length leaves."""
     length = min(segment_len, response_len)
-    latest = response_len - length - (3 if rule == "official" else 0)
+    latest = response_len - length - (1 if rule == "official" else 0)
     start = rng.randint(0, max(0, min(latest, max_start)))
     return start, start + length
 
@@ -385,13 +379,9 @@ def copy_weights(into: nn.Module, source: nn.Module) -> None:
 
 
 def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+    beta: float = 0.1, label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """DPO (arXiv 2305.18290, eq. 7), with cDPO's smoothing, of (N,) summed log-probs: (N,) losses,
     chosen and rejected rewards (eq. 5; the partition function cancels), which carry no gradient."""
     logits = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
@@ -494,6 +484,19 @@ def segment_metrics(pairs: Sequence[Pair], table: Mapping[str, Tensor]) -> dict[
         "seam/new_logps": (new_rest, behind * differs),
     }
     return {k: float((x * (n > 0)).sum() / n.sum()) for k, (x, n) in terms.items() if n.any()}
+
+
+def paint(pair: Pair, decode: Callable[[list[int]], str]) -> str:
+    """A pair with a cut in terminal colours: A plain, B green, B' red, C blue."""
+    assert pair.cut is not None
+    start, stop, new_stop, _ = pair.cut
+    green, red, blue, plain = "\033[32m", "\033[31m", "\033[34m", "\033[0m"
+    before, old, after = pair.chosen[:start], pair.chosen[start:stop], pair.chosen[stop:]
+    new, left = pair.rejected[start:new_stop], pair.rejected[new_stop:]
+    chosen = f"{decode(before)}{green}{decode(old)}{blue}{decode(after)}{plain}"
+    rejected = f"{decode(before)}{red}{decode(new)}{blue}{decode(left)}{plain}"
+    told = f"(A, {green}B{plain}, {red}B'{plain}, {blue}C{plain})"
+    return f"prompt    {decode(pair.prompt)}\nchosen    {chosen}\nrejected  {rejected}   {told}"
 
 
 # ------------------------------------------------------------------------------------- the flags

@@ -75,7 +75,6 @@ could have written the result itself. Use the reference to tell what is right; d
 
 Write the improved answer alone."""
 
-
 Ask = tuple[Example, Pair]  # a prompt, and its gold response or an empty one: as text, as tokens
 Turns = list[dict[str, str]]
 
@@ -83,10 +82,6 @@ Turns = list[dict[str, str]]
 class SGPO(sapo.Source):
     """Rejected = the policy's answer; chosen = its own improvement of that answer.
     Its rows are Asks; each round takes as many as its steps have use for, in its own order."""
-
-    def __init__(self, rows: Sequence[Ask], run: Run) -> None:
-        super().__init__(rows, run)
-        self.round = -1
 
     @staticmethod
     def schedule(rows: int, c: Any) -> list[int]:
@@ -148,12 +143,10 @@ class SGPO(sapo.Source):
         drop("cut", [not ended(pair.chosen, tokenizer.eos_ids) for _, pair in made], c.keep_cut)
         drop("identical", [pair.chosen == pair.rejected for _, pair in made], c.keep_identical)
         if c.gate:  # per token: a sum would favour the shorter side
-            sides = [Pair(pair.prompt, side, []) for _, pair in made for side in pair[1:3]]
-            both = zip(self.run.logps(sides), sides, strict=True)
-            means = [logp / len(side.chosen) for logp, side in both]
-            rows = zip(made, means[::2], means[1::2], strict=True)
-            likelier = [p.chosen == p.rejected or good > bad for (_, p), good, bad in rows]
-            drop("unlikely", [not stays for stays in likelier])
+            pairs = [pair for _, pair in made]
+            both = zip(pairs, self.run.sums(self.run.models["policy"], pairs), strict=True)
+            means = [(p, x / len(p.chosen), y / len(p.rejected)) for p, (x, y) in both]
+            drop("unlikely", [p.chosen != p.rejected and good <= bad for p, good, bad in means])
         return made, flaws
 
     def write(
@@ -195,8 +188,8 @@ def improver_rows(
             given.append(Pair(before[c.fence_given], row.chosen, []))
     if not rows:
         raise InputError(f"no target fits into --max-length {c.max_length} with its prompt")
-    both = zip(run.logps(given), given, strict=True)
-    values = [math.exp(-logp / len(pair.chosen)) for logp, pair in both]
+    both = zip(run.sums(run.models["policy"], given), given, strict=True)
+    values = [math.exp(-logp / len(pair.chosen)) for (logp, _), pair in both]
     fence = perplexity_fence(values, c.fence_k) if c.fence_k else math.inf
     kept = [row for row, value in zip(rows, values, strict=True) if value <= fence]
     q1, median, q3 = np.percentile(values, [25, 50, 75]).tolist()
@@ -208,7 +201,7 @@ def improver_rows(
     }  # fmt: skip
     plain = [Pair(row.prompt, row.chosen, []) for _, row in asks if row.chosen]
     count = round(len(kept) * c.improver_mix / (1 - c.improver_mix)) if plain else 0
-    order = batch_indices(0, count, len(plain), hash_seed(c.seed, "mix")) if count else []
+    order = batch_indices(0, count, len(plain), hash_seed(c.seed, "mix"))
     return [*kept, *(plain[i] for i in order)], report
 
 
@@ -225,7 +218,7 @@ def improvements(
     asked = [(i, drafts[i][0], answer) for i, answer in answers.items()]
     if server is not None:
         questions = [
-            target_prompt(draft.messages, draft.response, answer, c.target_instruction)
+            improver_prompt(draft.messages, answer, c.target_instruction, draft.response)
             for _, draft, answer in asked
         ]
         for place, improved, why in server.ask_all(questions):
@@ -239,11 +232,14 @@ def improvements(
         yield i, better or None, "" if better else "no gold"
 
 
-def improver_prompt(messages: Messages, answer: str, instruction: str = IMPROVER) -> Turns:
+def improver_prompt(
+    messages: Messages, answer: str, instruction: str = IMPROVER, gold: str = ""
+) -> Turns:
     """The chat messages that ask the model to improve its own answer to `messages`, the last of
     which is the user's. It gives way to `instruction`, in which its text stands for {prompt} and
-    the answer for {answer}; earlier turns stay as they are."""
-    last = fill(instruction, prompt=messages[-1]["content"], answer=answer)
+    the answer for {answer}; earlier turns stay as they are. With TARGET as the instruction they ask
+    the stronger model, which is also told the gold response."""
+    last = fill(instruction, prompt=messages[-1]["content"], gold=gold, answer=answer)
     return [*map(dict, messages[:-1]), {"role": "user", "content": last}]
 
 
@@ -259,18 +255,12 @@ def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
     for example, _ in asks:
         if example.messages[-1]["role"] != "user":
             raise InputError(f"{example.where}: the turn before the response is not the user's")
-    room = c.max_length - 1
-    kept = [ask for ask in asks if len(frame(ask[0].messages, "", tokenizer, c)) < room]
+    empty = [frame(example.messages, "", tokenizer, c) for example, _ in asks]
+    kept = [ask for ask, ids in zip(asks, empty, strict=True) if len(ids) < c.max_length - 1]
     if not kept:
         told = f"none of the {len(asks)} prompts fits into --max-length {c.max_length}"
         raise InputError(f"{told} with --improver-instruction around it")
     return kept
-
-
-def target_prompt(messages: Messages, gold: str, answer: str, instruction: str = TARGET) -> Turns:
-    """The same for the stronger model, which is also told the gold response."""
-    last = fill(instruction, prompt=messages[-1]["content"], gold=gold, answer=answer)
-    return [*map(dict, messages[:-1]), {"role": "user", "content": last}]
 
 
 def fill(template: str, **values: str) -> str:
@@ -327,10 +317,8 @@ answers to the built-in tasks; default: tasks where there is no --data, else gol
 
 
 # ----------------------------------------------------------------------------- the paper's setting
-RECIPES: dict[str, dict[str, Any]] = {
-    "sgpo-qwen2.5-7b": {  # model and kind of data are the paper's, every number [ours]
-        "method": "sgpo", "loss": "dpo", "precision": "bf16", "optimizer": "adamw",
-        "schedule": "cosine", "epochs": 1.0, "max_new_tokens": 1024,
-    },
+PAPER: dict[str, Any] = {  # models and kind of data are the paper's, every number [ours]
+    "method": "sgpo", "loss": "dpo", "precision": "bf16", "optimizer": "adamw",
+    "schedule": "cosine", "epochs": 1.0, "max_new_tokens": 1024,
 }  # fmt: skip
-RECIPES["sgpo-llama3-8b"] = RECIPES["sgpo-qwen2.5-7b"]
+RECIPES = dict.fromkeys(("sgpo-qwen2.5-7b", "sgpo-llama3-8b"), PAPER)

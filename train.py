@@ -9,10 +9,8 @@ Every preference method is a source of pairs with a loss on top:
 
     source.before_step(t) -> pairs (prompt, chosen, rejected)  ->  loss  ->  policy t + 1
 
-The sources and the losses are in sapo.py and sgpo.py. Here are the loop and the learner, where an
-evening's reading ends; then what lies on disk, the ranks, the flags, and the whole run.
-
-Shapes: N pairs. Log-probs are sums over response tokens, in nats.
+Sources and losses are in sapo.py and sgpo.py. Here are the loop and the learner, where an evening's
+reading ends; then files, ranks, flags and the whole run. N is the number of pairs.
 """
 
 from __future__ import annotations
@@ -51,9 +49,7 @@ import sapo
 import sgpo
 from data import Pair
 from model import Count, InputError, Positive, Share, Transformer, Weight, Whole, hash_seed
-from sapo import Answer, Request, Source, dpo_loss, orpo_loss
-
-__all__ = ["Config", "Learner", "dpo_loss", "fit", "main", "orpo_loss"]  # the losses are sapo.py's
+from sapo import Answer, Request, Source, dpo_loss, orpo_loss  # noqa: F401, the losses are public
 
 # Where each method's pairs come from, and the flags of its own. A new method is a line.
 SOURCES: dict[str, tuple[type[Source], Any]] = {
@@ -83,18 +79,15 @@ def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
     began, first, end = time.perf_counter(), t, source.bounds[-1]
     while t < end:
         try:
-            pairs, table, row = step(c, learner, source, t)
+            seen = step(c, learner, source, t)
         except Stopped:  # while a round's answers were generated; they are kept
             if t > saved:
                 files.save(t, learner, source)
             raise
         t += 1
         if t == end or (c.eval_every and t % c.eval_every == 0):
-            row |= evaluate(c, learner, source, files)
-        files.show(t, (pairs, table, row), learner, source)
-        notable = {"seconds/eval", "improve/pairs"} & row.keys()  # of an evaluation, a round
-        if t == end or t % c.log_every == 0 or notable:
-            files.log(t, row, source, pace=(time.perf_counter() - began) / (t - first))
+            seen[2].update(evaluate(c, learner, source, files))
+        files.log(t, seen, learner, source, (time.perf_counter() - began) / (t - first))
         if learner.bad_steps == 5:
             last = [(0, "none: see --save-every"), *files.numbered()][-1][1]
             told = "loss or gradient was not finite 5 steps in a row: try a lower --lr; the last "
@@ -151,7 +144,7 @@ def summary(pairs: Sequence[Pair], table: Table, c: Config) -> Row:
     """Means over the pairs, from `Learner.score`'s columns. `rewards/accuracies` leaves out pairs
     whose two sides are equal, and `pairs/identical` is their share."""
     row = {"nll": -float(table["logps/chosen"].sum()) / sum(len(p.chosen) for p in pairs)}
-    row["loss"] = float(table["losses"].mean()) + c.nll * row["nll"]
+    row["loss"] = float(table["losses"].mean()) + c.nll_weight * row["nll"]
     row["logps/chosen"] = float(table["logps/chosen"].mean())
     row["tokens/policy"] = float(table["tokens"].sum())
     if c.loss is not None and all(pair.rejected for pair in pairs):
@@ -220,8 +213,7 @@ class Learner:
 
     def spent(self, pairs: Sequence[Pair], seconds: float) -> Row:
         """The step's clocks and counts. `tokens_per_second` counts separate sequences."""
-        sides = [side for pair in pairs for side in pair[1:3] if side]
-        tokens = sum(map(len, sides)) + sum(len(p.prompt) * (1 + bool(p.rejected)) for p in pairs)
+        tokens = sum(len(x) * (1 + bool(z)) + len(y) + len(z) for x, y, z, _ in pairs)
         row = {"skipped": float(self.skipped), "tokens/generate": float(self.generated)}
         if sapo.compares(self.config):
             row["tokens/reference"] = float(self.referred)
@@ -229,9 +221,8 @@ class Learner:
         return row | {f"seconds/{name}": value for name, value in self.seconds.items()}
 
     def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Pair], Tensor]]:
-        """This rank's micro-batches: places among the pairs, the pairs, their weights. It takes
-        every world-th pair in order of length: all ranks have alike work. Where these do not come
-        out even, it repeats one with weight 0: all must run as many passes."""
+        """This rank's micro-batches: places, pairs, weights. It has every world-th pair by length,
+        and one again with weight 0 where they do not come out even: all run as many passes."""
         count, size = len(pairs), self.config.micro_batch_size
         order = sorted(range(count), key=lambda i: sum(map(len, pairs[i][:3])))
         mine = order[self.ranks.rank :: self.ranks.world]
@@ -250,11 +241,6 @@ class Learner:
                 both = torch.stack(lm.pair_logprobs(model, batch)[:2], dim=1)
             table[places] += both.double() * weights[:, None]
         return [*map(tuple, self.ranks.sum(table).tolist())]
-
-    def logps(self, rows: Sequence[Pair]) -> list[float]:
-        """The summed log-probs of `chosen` under the policy."""
-        with self.clock("logps"):
-            return [chosen for chosen, _ in self.sums(self.policy, rows)]
 
     def reference_logps(self, pairs: Sequence[Pair], version: int, keep: bool) -> Tensor:
         """(N, 2) float32 on every rank: `sums` under the reference, once for a pair, and kept until
@@ -288,7 +274,7 @@ class Learner:
                 policy = lm.pair_sums(parts)
                 losses, *rewards = sapo.pair_loss(c, self.beta, policy, reference)
                 loss = (losses * weights).sum() / count
-                loss = loss - c.nll * (policy[0] * weights).sum() / tokens
+                loss = loss - c.nll_weight * (policy[0] * weights).sum() / tokens
                 if learn:  # FSDP averages gradients over ranks; the sum is wanted
                     (loss * self.ranks.world).backward()
             sizes = torch.tensor([lm.tree_size(pair) for pair in batch], device=loss.device)
@@ -367,22 +353,21 @@ class Learner:
         self.bad_steps, self.skipped, self.version = tree["counts"].tolist()
 
 
-# What `Learner.score` tells of each pair, and a trace keeps. The last five: the log-probs of B, of
-# B', of C after B and of C after B', all under the policy, and the tokens computed.
+# The last five: log-probs of B, of B', of C after B and after B', by the policy; tokens computed.
 COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejected rewards/chosen
     rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest tokens""".split()  # noqa: SIM905
 
 
 def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
     """RMSprop or AdamW, a multi-tensor pass for each block: its temporaries are then small."""
-    blocks = [*policy.model["layers"].children()]
-    inner = {p for block in blocks for p in block.parameters()}
-    groups = [{"params": [*block.parameters()]} for block in blocks]
-    groups.append({"params": [p for p in policy.parameters() if p not in inner]})
+    groups = [[*block.parameters()] for block in policy.model["layers"].children()]
+    inner = {parameter for group in groups for parameter in group}
+    groups.append([p for p in policy.parameters() if p not in inner])
+    parameters = [{"params": group} for group in groups]
     settings: dict[str, Any] = {"lr": c.lr[0], "weight_decay": c.weight_decay, "foreach": True}
     if c.optimizer == "rmsprop":
-        return torch.optim.RMSprop(groups, **settings)
-    return torch.optim.AdamW(groups, betas=(0.9, c.adam_beta2), **settings)
+        return torch.optim.RMSprop(parameters, **settings)
+    return torch.optim.AdamW(parameters, betas=(0.9, c.adam_beta2), **settings)
 
 
 # ------------------------------------------------------------------------------ what lies on disk
@@ -390,8 +375,7 @@ def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
 
 @dataclass
 class Files:
-    """What one training run reads and leaves; the start, the control, the improver and the method
-    are a run each. All ranks call `save`, `restore` and `publish`: they gather the weights."""
+    """What one run of `fit` reads and leaves. All ranks call its methods, to gather the weights."""
 
     ranks: Ranks
     tokenizer: data.Tokenizer
@@ -405,19 +389,17 @@ class Files:
     trace: Trace | None = None
     beside: Mapping[str, str] = field(default_factory=dict)  # more files beside a model, by name
 
-    def show(self, t: int, seen: Seen, learner: Learner, source: Source) -> None:
-        """A step's pairs and numbers, for --trace and --show-every."""
-        c = learner.config
+    def log(self, t: int, seen: Seen, learner: Learner, source: Source, pace: float) -> None:
+        """A step's trace and a pair in colour, where asked for; its row, where due, for a person
+        and for metrics.jsonl; what the source has made, for pairs.jsonl. `pace`: seconds a step."""
+        c, row, steps = learner.config, seen[2], source.bounds[-1]
         if self.trace is not None and self.before + t <= c.trace_steps:
             self.trace.add(self.before + t, seen, learner, source)
-        if c.show_every and (t - 1) % c.show_every == 0 and self.ranks.first:
-            for pair in [pair for pair in seen[0] if pair.cut is not None][:1]:
-                print(sample.paint(pair, self.tokenizer.decode))
-
-    def log(self, t: int, row: Row, source: Source, pace: float) -> None:
-        """Appends the row to metrics.jsonl, and what the source has made to pairs.jsonl; prints the
-        line that a person reads. `pace`: seconds a step."""
-        if not self.ranks.first:
+        cut = [pair for pair in seen[0] if pair.cut is not None]
+        if c.show_every and (t - 1) % c.show_every == 0 and cut and self.ranks.first:
+            print(sapo.paint(cut[0], self.tokenizer.decode))
+        due = t == steps or t % c.log_every == 0 or {"seconds/eval", "improve/pairs"} & row.keys()
+        if not (due and self.ranks.first):
             return
         told = {k: v if math.isfinite(v) else None for k, v in row.items()}
         append(self.metrics, [{"step": self.before + t, "phase": self.phase} | told])
@@ -426,7 +408,7 @@ class Files:
         names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
         names |= {"segment/identical": "same", "grad_norm": "norm", "lr": "lr"}
         shown = " ".join(f"{names[k]} {row[k]:.4g}" for k in names if k in row)
-        steps, left = source.bounds[-1], round(pace * (source.bounds[-1] - t))
+        left = round(pace * (steps - t))
         clock = f"{1 / pace:.2f} steps/s {left // 60}:{left % 60:02} left"
         print(f"{self.phase} {t}/{steps} {shown} {clock}", flush=True)
 
@@ -443,10 +425,10 @@ class Files:
 
         def write(folder: Path) -> None:
             self.save_model(learner.policy, folder / "policy", torch.float32)
-            tree = learner.state_dict() | {"bounds": torch.tensor(source.bounds)}
-            tree |= {f"source.{name}": value for name, value in source.state_dict().items()}
+            own = {f"source.{name}": value for name, value in source.state_dict().items()}
             if self.ranks.first:
                 (folder / "state").mkdir()
+            tree = learner.state_dict() | own
             lm.write_weights(folder / "state", tree, self.ranks.fetch, self.ranks.first)
 
         self.publish(self.checkpoints / f"step-{self.before + t}", write)
@@ -455,8 +437,7 @@ class Files:
                 shutil.rmtree(folder)
 
     def restore(self, learner: Learner, source: Source) -> int:
-        """Takes up the newest whole checkpoint of this phase; returns the steps that it has done of
-        it, or 0 where there is none."""
+        """Takes up this phase's newest whole checkpoint, if any. The steps that it has done."""
         done, parameters = 0, dict(learner.policy.named_parameters())
         for number, folder in reversed(self.numbered()):
             if number <= self.before:
@@ -474,7 +455,6 @@ class Files:
             learner.load_state_dict(tree)
             own = {n.removeprefix("source."): tree[n] for n in tree if n.startswith("source.")}
             source.load_state_dict(own)
-            source.bend(tree["bounds"].tolist(), done)
             break
         if self.ranks.first:
             ends = {self.metrics: ("step", self.before + done)}  # what is beyond is done again
@@ -520,15 +500,14 @@ class Files:
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        self.ranks.barrier()
+        self.ranks.agree(False)  # all wait until it is there
 
 
 def kept(
     c: Config, ranks: Ranks, rows: list[Request], write: Callable[[Any], list[Answer]], stamp: float
 ) -> list[Answer]:
-    """The rows' answers, some at a time into a file, so that a stopped run keeps them: those in it,
-    where the model (`stamp`) and the row are the same, and the others written now. Raises Stopped
-    where the run is to stop."""
+    """The rows' answers: those in a file, of the same row and model (`stamp`), and others written,
+    some at a time, so that a run that is Stopped here keeps them."""
     path, size = Path(c.out) / ".generated.jsonl", 8 * c.generate_batch_size * ranks.world
     keys = [hash_seed(stamp, *row) for row in rows]
     known = {row["key"]: (row["tokens"], row["logp"]) for row in json_lines(path)}
@@ -564,11 +543,8 @@ class Trace:
         self.args = {k: v for k, v in dataclasses.asdict(c).items() if k not in places.split()}
         if self.path.exists():
             raise InputError(f"--trace {c.trace} is there already: name a file that is not")
-        try:
-            self.partial.touch()
-            self.partial.unlink()
-        except OSError as error:
-            raise InputError(f"--trace {c.trace} cannot be written: {error.strerror}") from None
+        self.partial.touch()  # or fail before anything starts
+        self.partial.unlink()
 
     def add(self, step: int, seen: Seen, learner: Learner, source: Source) -> None:
         """Records a step and writes the file anew: it is small, and the run may be killed."""
@@ -633,9 +609,9 @@ def say(message: str) -> None:
 
 def outline(folder: Path) -> Transformer:
     """The model in a folder without its weights, once their headers agree with its config."""
-    raw = lm.read_json(folder / "config.json")
+    config = lm.Config.from_dict(lm.read_json(folder / "config.json"), f"{folder}/config.json")
     with torch.device("meta"):
-        model = Transformer(lm.Config.from_dict(raw, f"{folder}/config.json"))
+        model = Transformer(config)
     lm.find_weights(dict(model.named_parameters()), folder)
     return model
 
@@ -722,26 +698,19 @@ class Ranks:
         """Whether any rank says so; the same answer on all."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        if self.world > 1:
-            dist.barrier()
-
     def only_first(self, work: Callable[[], Any]) -> None:
-        """Has the first rank do what may take days; the others wait, and hear of a failure."""
+        """The first rank does what may take days; the others wait, and hear of a failure."""
         failure: Exception | None = None
-        if self.first:
-            try:
+        try:
+            if self.first:
                 work()
-            except (InputError, OSError, Stopped) as error:
-                failure = error
+        except (InputError, OSError, Stopped) as error:
+            failure = error
+        failed = torch.tensor(float(failure is not None))
         if self.world > 1:
-            failed = torch.tensor(float(failure is not None))
             dist.all_reduce(failed, group=self.patient)
-            if failed and failure is None:
-                raise Stopped("rank 0 could not go on")
-        if failure is not None:
-            raise failure
+        if failed:
+            raise failure or Stopped("rank 0 could not go on")
 
     @contextlib.contextmanager
     def decoder(self, model: Transformer) -> Iterator[Transformer]:
@@ -772,13 +741,12 @@ class Ranks:
 
 
 # -------------------------------------------------------------------------------------- the flags
-# In these classes the string under a field is its help. [code] is the official SAPO code, [spin]
-# that of SPIN, [ours] our own choice.
 
 
 @dataclass
-class RunFlags:
-    """The run."""
+class Config(sapo.Settings, sgpo.Settings):
+    """The run. Of all flags the string below is the help; comments begin groups or name sources:
+    [code] is the official SAPO code, [spin] that of SPIN, [ours] our own choice."""
 
     method: Literal["sft", "dpo", "orpo", "spin", "sapo", "sgpo"] = "sapo"
     "where the pairs come from"
@@ -808,12 +776,7 @@ class RunFlags:
     "a .safetensors file to record the first steps in: pairs, draws, log-probs, losses, norms"
     trace_steps: Annotated[int, 1, 10**6] = 10  # [ours]
     "how many steps --trace records"
-
-
-@dataclass
-class DataFlags:
-    """Model and data."""
-
+    # Model and data:
     model: str | None = None
     "a Hugging Face folder to start from; default: a tiny model, pre-trained there and then"
     data: list[str] | None = None
@@ -828,12 +791,7 @@ class DataFlags:
     "tokens of prompt and response; longer responses are cut"
     max_prompt_length: Annotated[int, 2, 10**7] | None = None  # [code]: 1792, of 2048
     "rows whose prompt has this many tokens or more are dropped; default: 7/8 of --max-length"
-
-
-@dataclass
-class Optimization:
-    """Loss and optimization."""
-
+    # Loss and optimization:
     loss: Literal["dpo", "ipo", "hinge", "orpo"] | None = None  # [code] has dpo and orpo
     "the loss on the pairs; default: dpo, and orpo for --method orpo"
     batch_size: Count = 64  # [code]
@@ -864,28 +822,13 @@ class Optimization:
     "weight of an added NLL term on the chosen side, per response token"
     orpo_lambda: Weight = 0.05  # [code]
     "weight of ORPO's odds-ratio term"
-
-
-@dataclass
-class Hardware:
-    """Precision and memory."""
-
+    # Precision and memory:
     precision: Literal["fp32", "medium", "bf16"] = "fp32"  # [ours]; [code] has bf16
     "of the computation; weights and optimizer are fp32; medium: fp32, but faster matmuls of bf16"
     activation_checkpointing: bool = False
     "recompute each block in the backward pass, to save memory"
     compile: bool = False
     "compile each block with torch.compile; the first steps then take a minute or more"
-
-
-@dataclass
-class Config(sgpo.Settings, sapo.Settings, Hardware, Optimization, DataFlags, RunFlags):
-    """Every flag: what a run reads whatever its method, and the methods' own."""
-
-    @property
-    def nll(self) -> float:
-        """The weight of the NLL on the chosen side: SFT is that alone, ORPO has it."""
-        return 1.0 if self.loss in (None, "orpo") else self.nll_weight
 
 
 TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
@@ -940,9 +883,7 @@ def parse_args(argv: Sequence[str]) -> Config:
     if "loss" not in given and values.get("method") != named.get("method"):
         values["loss"] = None  # the recipe's is for the recipe's method
     if method == "sgpo" and given.get("improver") and "improver_instruction" not in given:
-        file = Path(given["improver"]) / sample.IMPROVER_FILE
-        if file.exists():  # how it was asked in training
-            values["improver_instruction"] = sample.read_instruction(file)
+        values["improver_instruction"] = sample.read_instruction(given["improver"])
     c = check(Config(**values))
     if c.loss == "orpo" and "beta" in given:
         raise InputError("--beta is not read by ORPO; the weight of its term is --orpo-lambda")
@@ -953,10 +894,10 @@ def parse_args(argv: Sequence[str]) -> Config:
 
 def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
     """The flags that were given, and that neither the method nor its loss or optimizer reads."""
-    kinds = (RunFlags, DataFlags, Optimization, Hardware, SOURCES[c.method][1])
-    read = {f.name for kind in kinds if kind for f in dataclasses.fields(kind)}
-    asking = "target_model target_workers target_instruction "
-    phase_1 = asking + "target_source improver_epochs improver_lr improver_mix fence_k fence_given"
+    kind = SOURCES[c.method][1]
+    read = Config.__annotations__.keys() | {
+        f.name for f in (dataclasses.fields(kind) if kind else ())
+    }
     idle = {
         "beta": c.loss is None,
         "orpo_lambda": c.loss != "orpo",
@@ -966,8 +907,8 @@ def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
         "adam_beta2": c.optimizer != "adamw",
         "top_k top_p": not c.temperature and not c.improve_temperature,
         "trace_steps": c.trace is None,
-        asking: target_server(c) is None,
-        f"{phase_1} model": c.improver is not None,
+        "target_model target_workers target_instruction": target_server(c) is None,
+        "target_source fence_k improver_epochs improver_lr improver_mix model": c.improver,
     }
     names = {name for some, applies in idle.items() if applies for name in some.split()}
     return [name for name in given if name not in read or name in names]
@@ -978,6 +919,8 @@ def check(c: Config) -> Config:
     c.max_prompt_length = c.max_prompt_length or max(2, c.max_length * 7 // 8)
     if c.method != "sft" and c.loss is None:
         c.loss = "orpo" if c.method == "orpo" else "dpo"
+    if not sapo.compares(c):  # SFT is its NLL, and ORPO has it
+        c.nll_weight = 1.0
     if c.method == "sgpo":
         c.model = c.improver or c.model
         c.target_source = c.target_source or ("tasks" if c.data is None else "gold")
@@ -1005,25 +948,25 @@ def check(c: Config) -> Config:
         (server and not c.target_model, "a --target-source that is a URL needs --target-model too"),
         (c.method == "sgpo" and c.target_source == "tasks" and c.data is not None,
          "--target-source tasks mends the built-in tasks, and --data is given"),
-        (c.method == "sgpo" and c.keep_identical and c.loss != "orpo" and not c.nll_weight,
+        (c.method == "sgpo" and c.keep_identical and not c.nll_weight,
          "--keep-identical is for --loss orpo or --nll-weight: no other loss learns"),
+        (c.ema_offload and int(os.environ.get("WORLD_SIZE", 1)) > 1,
+         "--ema-offload is for one process; over several the EMA is sharded"),
         (c.method == "sgpo" and lacking, "; ".join(lacking)),
         (max(len(c.lr), len(c.beta)) > rounds, "--lr and --beta have more values than rounds"),
     )  # fmt: skip
     for applies, message in wrong:
         if applies:
             raise InputError(message)
-    with lm.reading(f"--date {c.date}"):
-        datetime.datetime.fromisoformat(c.date or "2026-01-31")
     return c
 
 
 def target_server(c: Config) -> data.TargetServer | None:
     """The server of --target-source, where that is a URL. InputError for a wrong one or its key."""
-    url, key = (c.target_source or "").rstrip("/"), os.environ.get("OPENAI_API_KEY", "").strip()
+    url, key = c.target_source or "", os.environ.get("OPENAI_API_KEY", "").strip()
     if c.method != "sgpo" or not url.lower().startswith(("http://", "https://")):
         return None
-    return data.TargetServer(url, c.target_model or "", key or None, c.target_workers)
+    return data.TargetServer(url.rstrip("/"), c.target_model or "", key or None, c.target_workers)
 
 
 # ---------------------------------------------------------------------------------- the whole run
@@ -1034,8 +977,7 @@ def main(argv: Sequence[str]) -> int:
     ranks = None
 
     def stop(number: int, _: Any) -> None:
-        """Asks the loop to save and stop, or interrupts at a second SIGINT; but torchrun hands a
-        terminal's on, and so sends each twice."""
+        """Asks the loop to save and stop. A second SIGINT interrupts: torchrun sends each twice."""
         if ranks is None:
             raise SystemExit(143)
         if ranks.asked_to_stop and number == signal.SIGINT and not dist.is_torchelastic_launched():
@@ -1066,8 +1008,6 @@ def main(argv: Sequence[str]) -> int:
 def run(c: Config, ranks: Ranks) -> None:
     """Reads the data, makes or takes the start, trains, and says what came of it."""
     out, on_tasks = Path(c.out), c.data is None and not (c.improver and c.preference_data)
-    if c.ema_offload and ranks.world > 1:
-        raise InputError("--ema-offload is for one process; over several the EMA is sharded")
     torch.set_float32_matmul_precision("medium" if c.precision == "medium" else "highest")
     if c.resume and (out / "final").exists():
         print(f"{out} holds a finished run: nothing to resume")
@@ -1075,7 +1015,8 @@ def run(c: Config, ranks: Ranks) -> None:
     args = out / "args.json"
     saved = lm.read_json(args) if c.resume and args.is_file() and not args.is_symlink() else {}
     c.date = c.date or saved.get("date", datetime.datetime.now().isoformat(timespec="seconds"))
-    date = datetime.datetime.fromisoformat(c.date or "")
+    with lm.reading(f"--date {c.date}"):
+        date = datetime.datetime.fromisoformat(c.date or "")
     with tempfile.TemporaryDirectory() as folder:
         data.write_task_tokenizer(folder)
         tokenizer = data.load_tokenizer(c.model or folder, c.chat_template, date)
@@ -1098,8 +1039,7 @@ def run(c: Config, ranks: Ranks) -> None:
     files.checkpoints, files.trace, files.on_tasks = out / "checkpoints", trace, on_tasks
     models = {"start": start, "sft control": out / "control", "improver": out / "improver"}
     if c.method == "sgpo":
-        text = json.dumps({"instruction": c.improver_instruction}, indent=2)
-        files.beside = {sample.IMPROVER_FILE: text}
+        files.beside = {sample.IMPROVER_FILE: json.dumps({"instruction": c.improver_instruction})}
         if c.improver is None:
             files.before, start = train_improver(c, start, read, files), models["improver"]
     if on_tasks and c.method != "sft" and not models["sft control"].exists():
@@ -1117,23 +1057,23 @@ def run(c: Config, ranks: Ranks) -> None:
 
 
 def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]], list[str]]:
-    """What a run reads: rows by their flag, as text and as tokens, and what else a resumed one must
-    find as it was; and lines on what was dropped and cut. Raises InputError for what could not be
-    used later, when targets have been paid for."""
+    """What a run reads, by its flag: rows as text and as tokens, and what else a resumed one must
+    find as it was; and lines on what was dropped and cut. InputErrors before targets are paid for.
+    """
     read: dict[str, list[Any]] = {"tokenizer or chat template": [tokenizer.digest()]}
     paired, told = SOURCES[c.method][0] is Source, list[str]()  # it takes the rows' rejected sides
 
     def rows(paths: list[str] | None, n: int = 128, **how: Any) -> list[sgpo.Ask]:
-        tasks = [] if paths else data.task_examples("clean", n, c.seed)
-        found = data.load_examples(paths, **how) if paths else tasks
+        found = (
+            data.load_examples(paths, **how) if paths else data.task_examples("clean", n, c.seed)
+        )
         limits = (c.max_length, c.max_prompt_length or 0)
         examples, pairs, counts = data.encode_examples(found, tokenizer, *limits)
         told.append(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
         return [*zip(examples, pairs, strict=True)]
 
     def asks(paths: list[str] | None, n: int) -> list[sgpo.Ask]:
-        both = rows(paths, n, prompts=True)
-        found = [(one, row if one.response else row._replace(chosen=[])) for one, row in both]
+        found = rows(paths, n, prompts=True)
         kept = sgpo.leave_room(found, tokenizer, c)
         told.append(f"{len(kept)} prompts, {len(found) - len(kept)} too long to be improved on")
         return kept
@@ -1178,16 +1118,11 @@ def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, 
     for name in [name for name in ("steps", "epochs") if saved and saved[name] != now[name]]:
         say(f"warning: --{name} was {saved[name]} and is {now[name]}: the schedule bends")
 
-    def write() -> None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if not c.resume:  # of a run that was stopped before it left anything else
-                (out / ".generated.jsonl").unlink(missing_ok=True)
-            write_rows(out / "args.json", [now | {"inputs": found}])
-        except OSError as error:
-            raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
-
-    ranks.only_first(write)
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        if not c.resume:  # of a run that was stopped before it left anything else
+            (out / ".generated.jsonl").unlink(missing_ok=True)
+        write_rows(out / "args.json", [now | {"inputs": found}])
 
 
 START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
@@ -1196,7 +1131,6 @@ START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like 
     "weight_decay": 0.0, "max_grad_norm": 1.0, "log_every": 50, "eval_every": 0,
     "save_dtype": "fp32", "max_length": 128, "max_prompt_length": 128, "precision": "fp32",
 }  # fmt: skip
-REWRITE_SHARE = 0.2  # of the start's rows: a draft to be answered with another draft
 START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in place of 65%
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
     "intermediate_size": 168, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -1207,7 +1141,7 @@ START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in
 
 def sft(c: Config, start: Path, examples: list[data.Example], files: Files, **how: Any) -> None:
     """Fine-tunes on built-in rows, as the start and the control are made, with other settings."""
-    alone = dataclasses.replace(c, method="sft", loss=None, **how)
+    alone = dataclasses.replace(c, method="sft", loss=None, nll_weight=1.0, **how)
     limits = (alone.max_length, alone.max_prompt_length or 0)
     _, rows, _ = data.encode_examples(examples, files.tokenizer, *limits)
     learner = Learner(alone, start, files.tokenizer, files.ranks)
@@ -1215,8 +1149,7 @@ def sft(c: Config, start: Path, examples: list[data.Example], files: Files, **ho
 
 
 def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:
-    """Makes the built-in start: random weights, then SFT on answers of mixed quality, and on drafts
-    that are to be rewritten, which SGPO's improver builds on."""
+    """Makes the built-in start: SFT on answers of mixed quality, and drafts to be rewritten."""
     blank = start.with_name(".blank")
     if ranks.first:
         print("pre-training the built-in start", flush=True)
@@ -1226,9 +1159,9 @@ def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) ->
         fresh.init_weights(c.seed)
         fresh.save_pretrained(blank)
         tokenizer.save(blank)
-    ranks.barrier()
-    count = START["steps"] * START["batch_size"]
-    examples = data.task_examples("pretrain", count, c.seed, REWRITE_SHARE)
+    ranks.agree(False)  # all wait for it
+    rows = START["steps"] * START["batch_size"]
+    examples = data.task_examples("pretrain", rows, c.seed, 0.2)  # a fifth rewrites drafts
     files = Files(ranks, tokenizer, start.with_suffix(".jsonl"), start, "sft")
     sft(c, blank, examples, files, **START)
     if ranks.first:
@@ -1238,8 +1171,8 @@ def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) ->
 def control(c: Config, start: Path, files: Files, steps: int) -> None:
     """OUT/control: SFT on the clean set, for as many steps as the method takes in all phases."""
     metrics, final = files.metrics.with_name("control.jsonl"), files.final.with_name("control")
-    beside = Files(files.ranks, files.tokenizer, metrics, final, "sft")
-    beside.eval_rows, beside.on_tasks = files.eval_rows, files.on_tasks
+    beside = dataclasses.replace(files, metrics=metrics, final=final, phase="sft", before=0)
+    beside.checkpoints, beside.trace, beside.beside = None, None, {}
     rate = [c.improver_lr] if c.method == "sgpo" else c.lr
     sft(c, start, data.task_examples("clean", 128, c.seed), beside, steps=steps, lr=rate)
 
@@ -1250,15 +1183,15 @@ def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files:
     folder, note = files.final.with_name("improver"), files.final.with_name("improver_filter.json")
     if folder.exists():
         return int(lm.read_json(note)["steps"])
-    alone = dataclasses.replace(c, method="sft", loss=None, lr=[c.improver_lr], steps=None)
-    alone.epochs = c.improver_epochs
+    alone = dataclasses.replace(c, method="sft", loss=None, nll_weight=1.0, steps=None)
+    alone.lr, alone.epochs = [c.improver_lr], c.improver_epochs
     learner = Learner(alone, start, files.tokenizer, files.ranks)
     targets = read.get("--target-source") or obtain_targets(c, read["--data"], learner)
     rows, report = sgpo.improver_rows(targets, read["--data"], learner)
     source = sapo.SFT(rows, learner)
     if files.ranks.first:
-        told = f"{report['targets']} targets, and {report['too_long']} too long; "
-        print(f"{told}{report['dropped']} beyond the fence, {report['fence']}", flush=True)
+        told = [f"{report[key]} {key}" for key in ("targets", "too_long", "dropped", "fence")]
+        print(", ".join(told), flush=True)
         write_rows(note, [{"steps": source.bounds[-1]} | report])
     phase = dataclasses.replace(files, final=folder, phase="improver", on_tasks=False, eval_rows=())
     fit(alone, learner, source, phase)
@@ -1285,7 +1218,6 @@ def obtain_targets(c: Config, asks: list[sgpo.Ask], learner: Learner) -> list[da
     answers = {i: read(tokens) for i, (tokens, _) in zip(missing, new, strict=True)}
 
     def gather() -> None:
-        began = told = time.perf_counter()
         server = target_server(c)
         write_rows(path, (known[i] for i in sorted(known)))
         for done, (i, better, why) in enumerate(sgpo.improvements(c, drafts, answers, server), 1):
@@ -1294,9 +1226,8 @@ def obtain_targets(c: Config, asks: list[sgpo.Ask], learner: Learner) -> list[da
             append(path, [known[i]])
             if learner.ranks.asked_to_stop:
                 raise Stopped("stopped while targets were asked for; --resume goes on")
-            if server is not None and time.perf_counter() - told > 10:
-                told = time.perf_counter()
-                print(f"targets {done}/{len(answers)} {done / (told - began):.2f}/s", flush=True)
+            if server is not None and done % 100 == 0:
+                print(f"targets {done}/{len(answers)}", flush=True)
         write_rows(path, (known[i] for i in sorted(known)))
         dropped = collections.Counter(row.get("dropped") for row in known.values())
         print(", ".join(f"{n} {why or 'targets'}" for why, n in dropped.items()), flush=True)

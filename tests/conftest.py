@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is compared to the bit is a CPU's
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers beside each other: threads would fight
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parent / "bench"))  # last: its sapo.py is not ours
 
 import pytest
 import torch

@@ -19,57 +19,44 @@ from data import Example, Pair, check_answer, load_tokenizer, right_answer
 
 
 def tables(text: str) -> list[list[dict[str, str]]]:
-    """The Markdown tables of a text: rows by the names of their columns."""
+    """The Markdown tables of a text: rows by the names of their columns. A spread is median
+    (minimum to maximum), in this order of size, and 1 for a row against itself."""
     found = []
     for block in text.split("\n\n"):
         lines = [x.strip("|").split("|") for x in block.splitlines() if x.startswith("|")]
         if lines:
             head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+            assert rows[0][1] == "1.00 (1.00 to 1.00)"
+            for cell in [cell for row in rows for cell in row if " to " in cell]:
+                middle, low, high = map(float, re.findall(r"-?[\d.]+", cell))
+                assert 0 <= low <= middle <= high, cell
             found.append([dict(zip(head, row, strict=True)) for row in rows])
     return found
 
 
-def check_spreads(table: Sequence[dict[str, str]]) -> None:
-    """median (minimum to maximum), in this order of size, and 1 for a row against itself."""
-    for row in table:
-        for name, cell in row.items():
-            if " to " in cell:
-                middle, low, high = (float(x.strip("()")) for x in cell.replace("to", "").split())
-                assert 0 <= low <= middle <= high, (name, cell)
-    first = list(table[0].values())
-    assert first[1] == "1.00 (1.00 to 1.00)"
-
-
-def test_step_agrees_with_the_loop_and_trl_and_prints_its_table(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_step_agrees_with_the_loop_and_trl_and_prints_its_table(capsys: Any) -> None:
     script("step").main(["--quick", "--reps", "1", "--device", "cpu", "--all"])
     text = capsys.readouterr().out
     assert "losses agree" in text
     losses = [line.split() for line in text.splitlines() if line.startswith("loss ")]
-    assert [line[1:3] for line in losses] == [
-        ["loop", "fp32:"], ["TRL", "fp32:"], ["ours", "fp32:"], ["ours", "medium:"],
-        ["ours", "bf16:"],
-    ]  # fmt: skip
+    sides = "loop fp32: TRL fp32: ours fp32: ours medium: ours bf16:"
+    assert " ".join(word for line in losses for word in line[1:3]) == sides
     assert all(line[3] == "0.693147" and float(line[4].strip(",")) < 0.69 for line in losses)
     (table,) = tables(text)
-    check_spreads(table)
     names = [f"{s} {p} {k}" for p in ("fp32", "medium", "bf16") for k in ("fresh", "kept")
              for s in ("loop", "TRL", "ours")]  # fmt: skip
     assert [row["row"] for row in table] == names
 
 
-def test_of_a_large_shape_all_sides_recompute_and_agree_with_a_reference_that_is_kept(
-    tmp_path: Path,
-) -> None:
+def test_all_sides_recompute_a_large_shape_and_agree_with_a_kept_reference(tmp_path: Path) -> None:
     step = script("step")
     shapes, peers = sys.modules["shapes"], sys.modules["peers"]
     shape = shapes.SHAPES["tiny"]
     folder, batch = shapes.write_model(shape, tmp_path, "cpu"), shapes.make_pairs(shape, 0)
     loop, trl = (kind(folder, "cpu", True, 1e-4) for kind in (peers.Loop, peers.TRL))
     ours = step.Ours(folder, "cpu", True, 1e-4, "fp32", [])
-    assert loop.policy.is_activation_checkpointing
-    assert trl.trainer.model.is_activation_checkpointing
+    models = (loop.policy, trl.trainer.model)
+    assert all(model.is_activation_checkpointing for model in models)
     losses = [[side.step(batch, "fp32", True) for _ in range(2)] for side in (loop, trl, ours)]
     assert losses[0][0] == pytest.approx(math.log(2), abs=1e-5)
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
@@ -78,66 +65,50 @@ def test_of_a_large_shape_all_sides_recompute_and_agree_with_a_reference_that_is
 
 def test_greedy_tokens_may_part_at_a_tie_and_nowhere_else() -> None:
     generate = script("generate")
-    torch = generate.torch
+    odds = generate.torch.tensor([-1.0, 3.0, 3.0])  # tokens 1 and 2 are as likely, and 0 less so
 
-    class Tied:
-        """Finds tokens 1 and 2 as likely, and 0 less so."""
-
-        def model(self, tokens: Any) -> Any:
-            logits = torch.tensor([-1.0, 3.0, 3.0]).expand(1, tokens.shape[1], 3)
-            return types.SimpleNamespace(logits=logits)
+    def model(tokens: Any) -> Any:
+        return types.SimpleNamespace(logits=odds.expand(1, tokens.shape[1], 3))
 
     bench = generate.Bench.__new__(generate.Bench)
     bench.args = types.SimpleNamespace(device="cpu")
-    agree = functools.partial(bench.agree, Tied(), [7])
+    agree = functools.partial(bench.agree, types.SimpleNamespace(model=model), [7])
     assert agree([1, 1, 1], [1, 1]) and agree([1, 1, 1], [1, 2, 0])
     assert not agree([1, 1, 1], [1, 0, 1]) and not agree([1, 1], [1, 1, 1])
 
 
-def test_step_refuses_to_time_what_computes_something_else(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_step_refuses_to_time_what_computes_something_else(monkeypatch: Any) -> None:
     step = script("step")
     monkeypatch.setattr(step, "BETA", 0.2)  # ours; the peers have their own
     with pytest.raises(SystemExit, match="ours computes something else"):
         step.main(["--quick", "--reps", "1", "--device", "cpu", "--precision", "fp32"])
 
 
-def test_a_row_alone_reports_its_peak_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, row in (
-        ("step", "tiny ours fp32 fresh"),
-        ("generate", "tiny 8 ours fp32 even"),
-        ("sapo", "tiny plain fp32"),
-    ):
+def test_a_row_alone_reports_its_peak_memory(capsys: Any) -> None:
+    names = ["step tiny ours fp32 fresh", "generate tiny 8 ours fp32 even", "sapo tiny plain fp32"]
+    for name, row in (name.split(" ", 1) for name in names):
         script(name).main(["--quick", "--reps", "1", "--device", "cpu", "--only", row])
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["peak"] >= 0
 
 
-def test_generate_agrees_with_transformers_and_prints_its_table(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_generate_agrees_with_transformers_and_prints_its_table(capsys: Any) -> None:
     script("generate").main(["--quick", "--reps", "1", "--device", "cpu"])
     text = capsys.readouterr().out
     assert "greedy tokens agree" in text
     (table,) = tables(text)
-    check_spreads(table)
-    assert [row["row"] for row in table][:4] == [
-        "transformers fp32 even", "ours fp32 even", "transformers fp32 uneven", "ours fp32 uneven",
-    ]  # fmt: skip
+    sides = [f"{s} fp32 {k}" for k in ("even", "uneven") for s in ("transformers", "ours")]
+    assert [row["row"] for row in table][:4] == sides
     assert len(table) == 12
 
 
-def test_sapo_prints_its_phases_and_how_they_grow(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sapo_prints_its_phases_and_how_they_grow(capsys: Any) -> None:
     flags = ["--quick", "--reps", "1", "--device", "cpu", "--precision", "fp32", "bf16"]
     script("sapo").main(flags)
     whole, *growth = tables(capsys.readouterr().out)
-    for table in (whole, *growth):
-        check_spreads(table)
     assert [row["row"] for row in whole] == ["plain fp32", "ours fp32", "plain bf16", "ours bf16"]
     assert all(float(whole[1][name]) > 0 for name in ("generate", "policy", "optimizer"))
-    assert [next(iter(table[0])) for table in growth] == [
-        "segment length", "batch", "vocabulary", "number of layers", "hidden size",
-    ]  # fmt: skip
+    names = ["segment length", "batch", "vocabulary", "number of layers", "hidden size"]
+    assert [next(iter(table[0])) for table in growth] == names
 
 
 def test_the_precision_medium_errs_no_more_than_bf16_rounds_and_is_set_back() -> None:
@@ -147,12 +118,11 @@ def test_the_precision_medium_errs_no_more_than_bf16_rounds_and_is_set_back() ->
     assert medium.torch.get_float32_matmul_precision() == "highest"
 
 
-def test_the_judge_says_what_is_worked_by_hand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_judge_says_what_is_worked_by_hand(tmp_path: Path, monkeypatch: Any) -> None:
     judge, right, wrong = script("judge"), "a-b > ba", "a-b > ab"
     pairs = [(right, wrong), (right, wrong), (wrong, right), (wrong, "a-b")]  # chosen, rejected
-    rows = [{"round": 0, "prompt": "reverse ab", "chosen": a, "rejected": b} for a, b in pairs]
+    made = lambda *row: dict(zip(("prompt", "chosen", "rejected"), row, strict=True))  # noqa: E731
+    rows = [made("reverse ab", *pair) | {"round": 0} for pair in pairs]
     args = asdict(judge.train.Config()) | {"inputs": {}}
     (tmp_path / "args.json").write_text(json.dumps(args))
     lines = [json.dumps(row) + "\n" for row in [*rows, rows[0] | {"round": 1}]]
@@ -169,15 +139,15 @@ def test_the_judge_says_what_is_worked_by_hand(
         return [judge.torch.tensor([-float(len(pair.prompt)) for pair in pairs])]
 
     monkeypatch.setattr(judge, "pair_logprobs", logps)
-    asked = [("reverse ab", "1234", "12345678"), ("reverse ab", "123456", "1234")]
-    asked += [("reverse abc", "1", "12"), ("reverse ab", "1", "1" * 99)]
-    rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in asked]
-    golds = [Example(({"role": "user", "content": "reverse ab"},), right, None, "row 1")]
-    golds += [Example(({"role": "user", "content": "reverse abc"},), "", None, "row 2")]
+    rows = [made("reverse ab", "1234", "12345678"), made("reverse ab", "123456", "1234")]
+    rows += [made("reverse abc", "1", "12"), made("reverse ab", "1", "1" * 99)]
+    known = {"reverse ab": right, "reverse abc": ""}
+    golds = [Example(({"role": "user", "content": x},), y, None, x) for x, y in known.items()]
     c = judge.train.Config(max_length=50, improver_instruction="{prompt} | {answer}")
-    told = judge.by_gold(rows, golds, None, load_tokenizer(GOLDEN / "start"), c)
-    assert told == {"gold_better": 0.5, "gold_gain": pytest.approx((4 - 2) / 9 / 2)}
-    assert judge.by_gold(rows, golds[1:], None, load_tokenizer(GOLDEN / "start"), c) == {}
+    tokenizer = load_tokenizer(GOLDEN / "start")
+    tell = lambda golds: judge.by_gold(rows, golds, None, tokenizer, c)  # noqa: E731
+    assert tell(golds) == {"gold_better": 0.5, "gold_gain": pytest.approx((4 - 2) / 9 / 2)}
+    assert tell(golds[1:]) == {}
 
 
 def words(picture: Path) -> list[ElementTree.Element]:

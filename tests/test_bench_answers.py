@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pandas
 import pytest
 from helpers import GOLDEN, script
 
-import data
 import sample
 
 answers = script("answers")
@@ -29,137 +29,91 @@ MT_BENCH = [  # as in lm-sys/FastChat's fastchat/llm_judge/data/mt_bench/questio
 ]
 ROWS = {"alpaca_eval": ALPACA, "arena_hard": ARENA, "mt_bench": MT_BENCH}
 MODEL = ["--model", str(GOLDEN / "start"), "--max-new-tokens", "12"]
+GREEDY = ("--temperature", "0")
 
 
 def ask(folder: Path, name: str, *flags: str, rows: list[Any] | None = None) -> tuple[int, Path]:
     """answers.py's exit status on a benchmark's questions, and the file of a model, mine-1.5."""
-    questions, suffix = folder / "question.jsonl", "json" if name == "alpaca_eval" else "jsonl"
+    questions, whole = folder / "question.jsonl", name == "alpaca_eval"
     rows = ROWS[name] if rows is None else rows
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    questions.write_text("\n".join(lines) if name != "alpaca_eval" else json.dumps(rows, indent=2))
-    out = folder / f"mine-1.5.{suffix}"
+    questions.write_text(json.dumps(rows, indent=2) if whole else "\n".join(lines))
+    out = folder / f"mine-1.5.{'json' if whole else 'jsonl'}"
     told = ["--prompts", str(questions), "--out", str(out), "--format", name]
     return answers.main([*MODEL, *told, *flags]), out
 
 
-def lines_by(key: str, file: Path) -> dict[Any, dict[str, Any]]:
-    """`load_model_answers` of FastChat's llm_judge/common.py (key: question_id) and of
-    arena-hard-auto's utils/completion.py (key: uid): a JSON object a line of the text."""
-    with open(file) as lines:
-        return {row[key]: row for row in map(json.loads, lines)}
+def by(key: str, file: Path, number: str) -> dict[Any, dict[str, Any]]:
+    """`load_model_answers` of FastChat's llm_judge/common.py and arena-hard-auto's
+    utils/completion.py; without the rows' times, and a `number` that differs from row to row."""
+    rows = {row[key]: row for row in map(json.loads, file.open())}
+    assert len({row.pop(number) for row in rows.values()}) == len(rows)
+    assert all(isinstance(row.pop("tstamp"), float) for row in rows.values())
+    return rows
 
 
-def test_alpaca_eval_reads_its_format(tmp_path: Path) -> None:
+def plain(folder: Path, prompts: list[Any], *flags: str) -> list[str]:
+    """What sample.py answers, without the space around it."""
+    rows, out = folder / "plain.jsonl", folder / "answers.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    told = ["--prompts", str(rows), "--out", str(out), *flags, *GREEDY]
+    assert sample.main([*MODEL, *told]) == 0
+    return [json.loads(line)["response"].strip() for line in out.open()]
+
+
+@pytest.mark.parametrize("improve", [(), ("--improve", "1")])
+def test_alpaca_eval_reads_its_format(improve: tuple[str, ...], tmp_path: Path) -> None:
     """src/alpaca_eval/utils.py reads a .json by pandas; main.py takes `generator` as the model's
     name where it is one; instructions are matched to the reference's."""
-    status, out = ask(tmp_path, "alpaca_eval")
-    assert status == 0
-    table = pandas.read_json(out)
-    assert list(table["instruction"]) == [row["instruction"] for row in ALPACA]
-    assert list(table["generator"].unique()) == ["mine-1.5"]
-    assert list(table["dataset"]) == ["koala", "oasst"]
-    assert all(isinstance(text, str) and text == text.strip() for text in table["output"])
-    assert set(table.columns) == {"instruction", "output", "generator", "dataset"}
+    status, out = ask(tmp_path, "alpaca_eval", *GREEDY, *improve)
+    asked = [row["instruction"] for row in ALPACA]
+    table = {"instruction": asked, "output": plain(tmp_path, asked, *improve)}  # the last one
+    table |= {"generator": ["mine-1.5"] * 2, "dataset": ["koala", "oasst"]}
+    assert (status, pandas.read_json(out).to_dict("list")) == (0, table)
 
 
 def test_arena_hard_reads_its_format(tmp_path: Path) -> None:
     """lmarena/arena-hard-auto 2.0, gen_judgment.py: answers by uid, `model`, and
     messages[-1]["content"]["answer"]; show_result.py names the model after `model`."""
-    status, out = ask(tmp_path, "arena_hard")
-    assert status == 0
-    answers = lines_by("uid", out)
-    assert out.stem == "mine-1.5"  # how gen_judgment.py finds it
-    for question in ARENA:
-        answer = answers[question["uid"]]
-        assert answer["model"] == "mine-1.5"
-        assert answer["messages"][0] == {"role": "user", "content": question["prompt"]}
-        assert answer["messages"][-1]["role"] == "assistant"
-        assert isinstance(answer["messages"][-1]["content"]["answer"], str)
-        assert len(answer["messages"]) == 2
-        assert isinstance(answer["tstamp"], float)
-    assert len({answer["ans_id"] for answer in answers.values()}) == 2
+    status, out = ask(tmp_path, "arena_hard", *GREEDY)
+    assert (status, out.stem) == (0, "mine-1.5")  # how gen_judgment.py finds it
+    found, texts = by("uid", out, "ans_id"), plain(tmp_path, [row["prompt"] for row in ARENA])
+    for question, text in zip(ARENA, texts, strict=True):
+        said: list[Any] = [{"role": "user", "content": question["prompt"]}]
+        said += [{"role": "assistant", "content": {"answer": text}}]
+        row = {"uid": question["uid"], "model": "mine-1.5", "messages": said}
+        assert found[question["uid"]] == row
 
 
-def test_mt_bench_reads_its_format(tmp_path: Path) -> None:
+def test_mt_bench_reads_its_format_and_second_questions_follow_answers(tmp_path: Path) -> None:
     """lm-sys/FastChat, llm_judge/gen_judgment.py, `check_data`: an answer for each question_id;
     common.py, `run_judge_single`: choices[0]["turns"][0] and [1]."""
-    status, out = ask(tmp_path, "mt_bench")
+    status, out = ask(tmp_path, "mt_bench", *GREEDY)
     assert status == 0
-    answers = lines_by("question_id", out)
-    for question in MT_BENCH:
-        answer = answers[question["question_id"]]
-        assert answer["model_id"] == "mine-1.5" == out.stem
-        (choice,) = answer["choices"]
-        assert choice["index"] == 0
-        assert len(choice["turns"]) == len(question["turns"])
-        assert all(isinstance(text, str) and text == text.strip() for text in choice["turns"])
-        assert isinstance(answer["tstamp"], float)
-    assert len({answer["answer_id"] for answer in answers.values()}) == 3
+    found = by("question_id", out, "answer_id")
+    for number, turns in ((question["question_id"], question["turns"]) for question in MT_BENCH):
+        said: list[dict[str, str]] = []
+        for text in turns:
+            said.append({"role": "user", "content": text})
+            said.append({"role": "assistant", "content": plain(tmp_path, [said])[0]})
+        choice = {"index": 0, "turns": [turn["content"] for turn in said[1::2]]}
+        row = {"question_id": number, "model_id": "mine-1.5", "choices": [choice]}
+        assert found[number] == row
 
 
-def test_the_second_question_is_asked_with_the_first_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And at the temperatures of FastChat's common.py, unless one is given."""
-    tokenizer = data.load_tokenizer(GOLDEN / "start")
-    asked: list[tuple[str, float]] = []
+def test_temperatures_are_fastchats_or_the_one_given(tmp_path: Path, monkeypatch: Any) -> None:
+    asked = Counter[float]()
 
-    def parrot(model: Any, prompts: list[list[int]], most: int, **told: Any) -> list[list[int]]:
-        first = len(asked)
-        asked.extend((tokenizer.decode(prompt), told["temperature"]) for prompt in prompts)
-        return [
-            [*tokenizer.encode(f" answer {first + i}\n"), tokenizer.eos_ids[0]]
-            for i in range(len(prompts))
-        ]
+    def silent(model: Any, prompts: list[list[int]], most: int, **told: Any) -> list[list[int]]:
+        asked[told["temperature"]] += len(prompts)
+        return [[] for _ in prompts]
 
-    monkeypatch.setattr(sample, "generate", parrot)
-    status, out = ask(tmp_path, "mt_bench")
-    assert status == 0
-    turns = {n: row["choices"][0]["turns"] for n, row in lines_by("question_id", out).items()}
-
-    def rendered(*said: str) -> str:
-        roles = ("user", "assistant", "user")
-        messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
-        return tokenizer.render(messages, add_generation_prompt=True)
-
-    first, second = "reverse abc", "sort cab"
-    assert (rendered(first), 0.7) in asked
-    assert (rendered(first, turns[81][0], second), 0.7) in asked
-    assert (rendered("add 57 39", turns[111][0], "add 1 1"), 0.0) in asked
-    assert (rendered("sort ba"), 0.7) in asked  # FastChat's for a category that it does not know
-    assert len(asked) == 5
-    assert len({turn for both in turns.values() for turn in both}) == 5
-    assert turns[81][0] in rendered(first, turns[81][0], second)
+    monkeypatch.setattr(sample, "generate", silent)
+    assert ask(tmp_path, "mt_bench")[0] == 0
+    assert asked == {0.7: 3, 0.0: 2}  # 0.7 for a category that FastChat does not know, too
     asked.clear()
     assert ask(tmp_path, "mt_bench", "--temperature", "0.3")[0] == 0
-    assert {temperature for _, temperature in asked} == {0.3}
-
-
-def test_two_turns_are_what_one_gets_by_asking_twice(tmp_path: Path) -> None:
-    status, out = ask(tmp_path, "mt_bench", "--temperature", "0")
-    assert status == 0
-    turns = lines_by("question_id", out)[111]["choices"][0]["turns"]
-    said = [("user", "add 57 39"), ("assistant", turns[0]), ("user", "add 1 1")]
-    rows = [{"prompt": "add 57 39"}, {"prompt": [{"role": r, "content": c} for r, c in said]}]
-    plain, written = tmp_path / "plain.jsonl", tmp_path / "answers.jsonl"
-    plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = ["--prompts", str(plain), "--out", str(written), "--temperature", "0"]
-    assert sample.main([*MODEL, *told]) == 0
-    found = [json.loads(line)["response"].strip() for line in written.read_text().splitlines()]
-    assert found == turns
-
-
-def test_a_benchmark_gets_the_last_of_the_improvements(tmp_path: Path) -> None:
-    status, out = ask(tmp_path, "alpaca_eval", "--improve", "1", "--temperature", "0")
-    assert status == 0
-    plain, written = tmp_path / "plain.jsonl", tmp_path / "answers.jsonl"
-    plain.write_text("".join(json.dumps({"prompt": r["instruction"]}) + "\n" for r in ALPACA))
-    told = ["--prompts", str(plain), "--out", str(written), "--temperature", "0", "--improve", "1"]
-    assert sample.main([*MODEL, *told]) == 0
-    rows = [json.loads(line) for line in written.read_text().splitlines()]
-    assert [row["output"] for row in json.loads(out.read_text())] == [
-        row["response"].strip() for row in rows
-    ]
+    assert asked == {0.3: 5}
 
 
 OLD_ARENA = {"question_id": "1f", "turns": [{"content": "add 1 2"}], "category": "arena-hard-v0.1"}
@@ -168,7 +122,6 @@ OLD_ARENA = {"question_id": "1f", "turns": [{"content": "add 1 2"}], "category":
 @pytest.mark.parametrize(
     ("name", "row", "named"),
     [
-        ("alpaca_eval", {"prompt": "a"}, "'instruction'"),
         ("alpaca_eval", {"instruction": " "}, "'instruction'"),
         ("alpaca_eval", ["a"], "'instruction'"),
         ("arena_hard", OLD_ARENA, "'uid'"),
@@ -181,43 +134,34 @@ OLD_ARENA = {"question_id": "1f", "turns": [{"content": "add 1 2"}], "category":
         ("mt_bench", None, "no rows"),
     ],
 )
-def test_bad_questions_are_one_line_and_leave_nothing(
-    name: str, row: Any, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_questions(name: str, row: Any, named: str, tmp_path: Path, capsys: Any) -> None:
     rows = [] if row is None else [ROWS[name][0], row]
     assert ask(tmp_path, name, rows=rows)[0] == 2
     shown = capsys.readouterr().err
     place = re.escape(str(tmp_path / "question.jsonl")) + r"(:\d+|, row \d+)?: "
-    assert re.fullmatch(rf"error: {place}.*\n", shown), shown
-    assert named in shown
+    assert re.fullmatch(rf"error: {place}.*\n", shown) and named in shown
     assert [path.name for path in tmp_path.iterdir()] == ["question.jsonl"]
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--prompt", "a", "--format", "mt_bench"], "--prompts"),
-        (["--prompts", "q", "--out", "a.jsonl"], "--format"),
-        (["--prompts", "q", "--format", "mt_bench"], "NAME.jsonl"),
-        (["--prompts", "q", "--out", "a.json", "--format", "arena_hard"], "NAME.jsonl"),
-        (["--prompts", "q", "--out", "a.jsonl", "--format", "alpaca_eval"], "NAME.json,"),
-        (["--prompts", "q", "--out", ".jsonl", "--format", "mt_bench"], "NAME.jsonl"),
-        (["--prompts", "q", "--out", "a.jsonl", "--format", "mtbench"], "--format"),
+        ("--prompt a --format mt_bench", "--prompts"),
+        ("--prompts question.jsonl --out a.jsonl", "--format"),
+        ("--prompts question.jsonl --format mt_bench", "NAME.jsonl"),
+        ("--prompts question.jsonl --out a.json --format arena_hard", "NAME.jsonl"),
+        ("--prompts question.jsonl --out a.jsonl --format alpaca_eval", "NAME.json,"),
+        ("--prompts question.jsonl --out .jsonl --format mt_bench", "NAME.jsonl"),
+        ("--prompts question.jsonl --out a.jsonl --format mtbench", "--format"),
+        ("--prompts question.jsonl --out none/a.jsonl --format mt_bench", "none/a.jsonl"),
     ],
 )
-def test_flags_that_no_judge_could_read_from_are_one_line(
-    flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+def test_flags_that_no_judge_could_read_from(
+    flags: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    assert answers.main([*MODEL, *flags]) == 2
+    monkeypatch.chdir(tmp_path)
+    Path("question.jsonl").write_text(json.dumps(MT_BENCH[0]))
+    assert answers.main([*MODEL, *flags.split()]) == 2
     shown = capsys.readouterr().err
-    assert re.fullmatch(r"error: .*\n", shown)
-    assert named in shown
-
-
-def test_a_missing_folder_for_the_answers_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "none" / "a.jsonl"
-    assert ask(tmp_path, "mt_bench", "--out", str(out))[0] == 2
-    assert re.fullmatch(f"error: .*{re.escape(str(out))}.*\n", capsys.readouterr().err)
-    assert not out.parent.exists()
+    assert re.fullmatch(r"error: .*\n", shown) and named in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["question.jsonl"]

@@ -19,19 +19,11 @@ open_ended = methods.open_ended
 
 def test_a_paired_difference_and_its_standard_error_are_those_worked_by_hand():
     # differences 1, 2, 6: mean 3, deviations -2, -1, 3, variance (4 + 1 + 9) / 2 = 7
-    mean, error = methods.paired([11.0, 22.0, 36.0], [10.0, 20.0, 30.0])
-    assert mean == 3
-    assert error == pytest.approx(math.sqrt(7 / 3))
+    found = methods.paired([11.0, 22.0, 36.0], [10.0, 20.0, 30.0])
+    assert found == (3, pytest.approx(math.sqrt(7 / 3)))
     assert methods.spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7)))
-
-
-def test_a_difference_common_to_all_seeds_has_no_error_though_the_seeds_differ():
+    # common to all seeds: no error, though the seeds differ
     assert methods.paired([52.0, 72.0, 92.0], [50.0, 70.0, 90.0]) == (2.0, 0.0)
-
-
-def test_the_best_mean_is_chosen_and_the_smaller_rate_where_two_are_equal():
-    assert methods.choose({4: 70.0, 5: 80.0, 3: 60.0}) == 5
-    assert methods.choose({5: 80.0, 4: 80.0}) == 4
 
 
 @pytest.mark.parametrize("peak", range(len(methods.RATES)))
@@ -41,16 +33,17 @@ def test_the_rates_tried_lead_to_the_peak_and_to_both_its_neighbours(peak: int):
         assert not set(new) & tried.keys()
         tried |= {place: -abs(place - peak) for place in new}
     assert methods.choose(tried) == peak
+    assert methods.choose({5: 80.0, 4: 80.0}) == 4  # of equal ones the smaller
     assert {peak - 1, peak + 1} & set(range(len(methods.RATES))) <= tried.keys()
 
 
 def test_where_every_rate_does_harm_smaller_ones_are_tried():
     collapsed = {3: 5.2, 4: 5.1, 5: 5.9, 6: 5.3}
     assert methods.next_places(collapsed) == []
-    assert methods.next_places(collapsed, before=36.0) == [2]
-    assert methods.next_places(collapsed | {2: 33.0}, before=36.0) == [1]
-    assert methods.next_places(collapsed | {2: 33.0, 1: 36.5}, before=36.0) == [0]
-    assert methods.next_places(collapsed | {2: 33.0, 1: 36.5, 0: 36.1}, before=36.0) == []
+    for place, score in ((2, 33.0), (1, 36.5), (0, 36.1)):
+        assert methods.next_places(collapsed, before=36.0) == [place]
+        collapsed[place] = score
+    assert methods.next_places(collapsed, before=36.0) == []
     assert methods.next_places(dict.fromkeys(range(8), 1.0), before=36.0) == []
 
 
@@ -62,8 +55,10 @@ def test_a_run_is_known_by_all_that_its_result_depends_on_and_by_nothing_else():
         replace(run, rate=3e-4), replace(run, seed=2), replace(run, split="validation"),
         replace(run, arm=replace(arm, flags={"loss": "dpo"})), replace(run, base=None),
         replace(run, arm=replace(arm, rows="clean 16")), replace(run, base=replace(base, rate=1)),
+        replace(run, arm=replace(arm, tasks="open")),
     ]  # fmt: skip
     assert len({other.key for other in [run, *others]}) == 1 + len(others)
+    assert (run.start, others[-1].start) == ("1", "open-1")
     assert replace(run, arm=replace(arm, seconds=9.0)).key == run.key
     assert methods.Run(methods.Arm(), 1e-4, 1, "test").key == "7bfb7bb552f212e3"  # as ever
     assert not [k for k, v in methods.SELF_IMPROVER.items() if methods.train.TASKS.get(k) == v]
@@ -188,22 +183,9 @@ def test_the_open_ended_tasks_stand_in_for_the_built_in_ones_and_leave():
 
 def test_a_rejected_side_is_as_good_where_the_checker_says_so_and_equal_sides_do_not_count():
     tokenizer = data.load_tokenizer(GOLDEN / "start")
-
-    def pair(prompt: str, chosen: str, rejected: str) -> Pair:
-        asked = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], True)
-        both = ([*tokenizer.encode(text), *tokenizer.eos_ids] for text in (chosen, rejected))
-        return Pair(asked, *both)
-
-    pairs = [
-        pair("rise bd", "b-d-e", "b-d-f"), pair("rise bd", "b-d-e-f", "b-d-e"),
-        pair("rise bd", "b-d-e", "b-d-e-f"), pair("rise bd", "b-d-e", "b-d-e"),
-    ]  # fmt: skip
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "rise bd"}], True)
+    encode = lambda text: [*tokenizer.encode(text), *tokenizer.eos_ids]  # noqa: E731
+    texts = [("b-d-e", "b-d-f"), ("b-d-e-f", "b-d-e"), ("b-d-e", "b-d-e-f"), ("b-d-e", "b-d-e")]
+    pairs = [Pair(asked, encode(chosen), encode(rejected)) for chosen, rejected in texts]
     with open_ended.stand_in():
         assert methods.as_good(pairs, tokenizer) == [1.0, 0.0, 1.0]
-
-
-def test_runs_on_open_ended_tasks_have_keys_and_starts_of_their_own():
-    run = methods.Run(methods.Arm(), 1e-4, 7, "test")
-    other = replace(run, arm=replace(run.arm, tasks="open"))
-    assert run.key != other.key
-    assert (run.start, other.start) == ("7", "open-7")

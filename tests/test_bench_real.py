@@ -24,7 +24,7 @@ def flags(out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def calls(monkeypatch: Any) -> list[list[str]]:
     """The command lines of train.py, which are run in this process."""
     seen: list[list[str]] = []
 
@@ -85,8 +85,7 @@ def test_log_means_are_over_the_steps_that_have_a_value_but_for_seconds(tmp_path
 def test_no_training_row_has_a_held_out_prompt_and_nothing_would_be_cut(tmp_path: Path) -> None:
     lines = Path(ROWS).read_text().splitlines()
     twice, long = tmp_path / "twice.jsonl", json.loads(lines[0]) | {"prompt": "add " + "1 " * 300}
-    said = json.loads(lines[1])
-    spaced = json.dumps(said | {"prompt": said["prompt"] + " \n"})
+    spaced = json.dumps((said := json.loads(lines[1])) | {"prompt": said["prompt"] + " \n"})
     twice.write_text("\n".join([*lines, spaced, json.dumps(long)]))
     args = real.parse(flags(tmp_path, "--data", str(twice), "--pairs", str(twice)))
     tokenizer = data.load_tokenizer(GOLDEN / "start")
@@ -98,9 +97,7 @@ def test_no_training_row_has_a_held_out_prompt_and_nothing_would_be_cut(tmp_path
     assert {real.asked(e) for e in real.split(args, tokenizer)[1]} == unseen
 
 
-def test_all_arms_train_and_are_measured_once(
-    tmp_path: Path, calls: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_arms_train_and_are_measured_once(tmp_path: Path, calls: Any, capsys: Any) -> None:
     real.main(flags(tmp_path))
     printed = capsys.readouterr().out
     held_out, answers, logs = rows_of(printed)
@@ -110,18 +107,14 @@ def test_all_arms_train_and_are_measured_once(
     assert answers["as the start's, %"][0] == "100.0"
     assert all(float(cell) > 0 for cell in answers["seconds of training"][1:])
     steps = dict(zip(logs[""], logs["steps"], strict=True))
-    found = {arm: len(metrics(tmp_path / arm)) for arm in real.ARMS}
     improver = int(json.loads((tmp_path / "sgpo-gold/improver_filter.json").read_text())["steps"])
     assert {steps[arm] for arm in real.ARMS if arm != "sgpo-gold"} == {"4"}
     assert steps["sgpo-gold"] == "2" and steps["sgpo-gold: improver"] == str(improver)
-    assert found["sgpo-gold"] == 2 + improver <= 4
+    assert len(metrics(tmp_path / "sgpo-gold")) == 2 + improver <= 4
     assert {"`replay/age`", "`segment/kl`", "`seam/logps - new`"} <= logs.keys()
-    for name, arms in {
-        "`segment/ended`": ["sapo-dpo", "sapo-orpo", "spin", "sgpo-gold"],
-        "`segment/unended`": ["sapo-dpo", "sapo-orpo", "spin", "sgpo-gold"],
-        "`improve/cut`": ["sgpo-gold"], "`improve/gold_better`": ["sgpo-gold"],
-    }.items():  # fmt: skip
+    for name in ("`segment/ended`", "`segment/unended`", "`improve/cut`", "`improve/gold_better`"):
         shares = dict(zip(logs[""], logs[name], strict=True))
+        arms = ["sapo-dpo", "sapo-orpo", "spin"] * ("segment" in name) + ["sgpo-gold"]
         assert [arm for arm, cell in shares.items() if cell != "-"] == arms
         assert all(0 <= float(shares[arm]) <= 1 for arm in arms)
     assert (tmp_path / "report.md").read_text() in printed
@@ -130,17 +123,14 @@ def test_all_arms_train_and_are_measured_once(
 
     real.main(flags(tmp_path))
     assert len(calls) == len(real.ARMS)
-    again = rows_of(capsys.readouterr().out)
-    assert again == [held_out, answers, logs]
+    assert rows_of(capsys.readouterr().out) == [held_out, answers, logs]
     with pytest.raises(SystemExit, match=r"sft\.trained\.json is of other settings"):
         real.main(flags(tmp_path, "--lr", "1e-4"))
     with pytest.raises(SystemExit, match="is of other settings"):
         real.main(flags(tmp_path, "--held-out", "7"))
 
 
-def test_an_arm_that_was_cut_goes_on_and_tells_no_time(
-    tmp_path: Path, calls: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cut_arm_goes_on_and_tells_no_time(tmp_path: Path, calls: Any, capsys: Any) -> None:
     (tmp_path / "sft").mkdir()  # as a kill before the first checkpoint leaves it
     real.main(flags(tmp_path, "--only", "sft", "--lr-of", "sft=1e-4"))
     printed = capsys.readouterr().out

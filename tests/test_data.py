@@ -1,12 +1,14 @@
 """Tokenizers against transformers and the makers' libraries, templates, rows, and bad input."""
 
+import contextlib
+import itertools
 import json
 import random
 import re
 import shutil
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -20,6 +22,7 @@ from llama_models.llama3.tokenizer import Tokenizer as Llama3
 import data
 from model import InputError
 
+Make = Callable[[], Path]  # a tokenizer's folder
 BYTE_LEVEL = [made.smollm2_tokenizer_dir, made.llama3_dir, made.qwen_dir, made.digits_dir]
 TEXTS = [
     *made.CORPUS,
@@ -80,7 +83,15 @@ def ours(folder: Path) -> data.Tokenizer:
     return data.load_tokenizer(folder)
 
 
-@cache
+@contextlib.contextmanager
+def refused(*told: str, most: int = 9999) -> Iterator[None]:
+    """One line of an InputError that says all this, in so many characters at most."""
+    with pytest.raises(InputError) as caught:
+        yield
+    text = str(caught.value)
+    assert all(part in text for part in told) and "\n" not in text and len(text) < most, text
+
+
 def theirs(folder: Path) -> Any:
     return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -90,27 +101,33 @@ def fuzz(n: int, extra: list[str], seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     odd = list(" \n\t\r\u00a0\u3000\x0b\x0c\x85\u2028\u200b\x1f\x1cab1.'!")
     # NFC changes with Unicode's version, so marks are drawn from what is old: below U+07C0.
-    kinds = ("Cn", "Cs", "Co")
-    every = [c for c in map(chr, range(0x20000)) if unicodedata.category(c) not in kinds]
+    every = [c for c in map(chr, range(0x20000)) if unicodedata.category(c) not in "Cn Cs Co"]
     every = [c for c in every if ord(c) < 0x7C0 or not unicodedata.combining(c)]
-    ascii_ = [chr(i) for i in range(32, 127)]
-    pools = [every, ascii_, odd, extra, list("abcdefghijklmnopqrstuvwxyz '")]
+    pools = [
+        every,
+        list(map(chr, range(32, 127))),
+        odd,
+        extra,
+        list("abcdefghijklmnopqrstuvwxyz '"),
+    ]
     return ["".join(rng.choices(rng.choice(pools), k=rng.randint(1, 60))) for _ in range(n)]
 
 
 PIECES = ["<|im_start|>", "<|endoftext|>", "caf\u00e9bar", "cafe\u0301bar"]
 PIECES += [" ", "  ", "\n", "a", "é", "1", "_", "<|eot_id|>", "<tool_call>"]
+RUNS = [" " * 100_000 + "x", "\n" * 99_999 + " y", "a" * 100_000, "ab c" * 20_000, "é" * 50_000]
+RUNS += ["!" * 100_000, "abcdefgh" * 50_000]
 
 
 @pytest.mark.parametrize("folder", BYTE_LEVEL, ids=lambda f: f.__name__)
-def test_byte_level_ids_and_text_equal_transformers(folder: Callable[[], Path]) -> None:
+def test_byte_level_ids_and_text_equal_transformers(folder: Make) -> None:
     mine, other = ours(folder()), theirs(folder())
     # Next to a byte that SmolLM2's vocabulary lacks, no merge crosses: data.py says so.
     lacking = "\x04\x06\x13\x14\x16\x1d" if folder is made.smollm2_tokenizer_dir else ""
-    for text in [*TEXTS, *fuzz(1000, PIECES)]:
+    for text in [*TEXTS, *RUNS, *fuzz(1000, PIECES)]:
         text = "".join(c for c in text if c not in lacking)
         ids = other.encode(text, add_special_tokens=False)
-        assert mine.encode(text) == ids, text
+        assert mine.encode(text) == ids, text[:60]
         assert mine.decode(ids) == other.decode(ids, clean_up_tokenization_spaces=False)
     rng = random.Random(1)
     for _ in range(500):  # ids that make up no text
@@ -119,19 +136,8 @@ def test_byte_level_ids_and_text_equal_transformers(folder: Callable[[], Path]) 
     assert mine.vocab_size == max(other.get_vocab().values()) + 1
 
 
-RUNS = [" " * 100_000 + "x", "\n" * 99_999 + " y", "a" * 100_000, "ab c" * 20_000, "é" * 50_000]
-RUNS += ["!" * 100_000, "abcdefgh" * 50_000]
-
-
-@pytest.mark.parametrize("folder", BYTE_LEVEL, ids=lambda f: f.__name__)
-def test_very_long_runs_equal_transformers(folder: Callable[[], Path]) -> None:
-    mine, other = ours(folder()), theirs(folder())
-    for text in RUNS:
-        assert mine.encode(text) == other.encode(text, add_special_tokens=False), text[:10]
-
-
 @pytest.mark.parametrize("folder", [*BYTE_LEVEL, lambda: made.mistral_dir(False)])
-def test_a_million_characters_without_a_break_are_quick(folder: Callable[[], Path]) -> None:
+def test_a_million_characters_without_a_break_are_quick(folder: Make) -> None:
     tokenizer = ours(folder())
     for text in (" " * 1_000_000, "\t" * 1_000_000 + "x", "z" * 1_000_000):
         start = time.perf_counter()
@@ -142,8 +148,7 @@ def test_a_million_characters_without_a_break_are_quick(folder: Callable[[], Pat
 def test_llama3_model_file_equals_the_makers_library(tmp_path: Path) -> None:
     shutil.copy(made.llama3_model_file(), tmp_path)
     mine, maker = data.load_tokenizer(tmp_path), Llama3.get_instance()
-    assert mine.vocab_size == maker.n_words
-    assert mine.eos_ids == (maker.eos_id,)
+    assert (mine.vocab_size, mine.eos_ids) == (maker.n_words, (maker.eos_id,))
     for text in [*TEXTS, *fuzz(800, [*maker.special_tokens][:12], seed=2)]:
         ids = maker.encode(text, bos=False, eos=False, allowed_special="all")
         assert mine.encode(text) == ids == ours(made.llama3_dir()).encode(text), text
@@ -151,24 +156,21 @@ def test_llama3_model_file_equals_the_makers_library(tmp_path: Path) -> None:
     assert mine.encode("".join(maker.special_tokens)) == list(maker.special_tokens.values())
 
 
-SENTENCE_SPECIAL = ("<s>", "</s>", "<unk>")
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_sentencepiece_equals_the_makers_library_and_transformers(legacy: bool) -> None:
-    folder = made.mistral_dir(legacy)
+@pytest.mark.parametrize(("legacy", "prefix"), [(False, True), (True, True), (False, False)])
+def test_sentencepiece_equals_the_makers_library(legacy: bool, prefix: bool) -> None:
+    folder, special = made.mistral_dir(legacy, prefix), ("<s>", "</s>", "<unk>")
     mine, maker = ours(folder), made.sentencepiece_model(made.mistral_model_file())
     other = transformers.AutoTokenizer.from_pretrained(folder)
-    pieces = [*SENTENCE_SPECIAL, "[INST]", "a ", "word", "\n", "é", "<0x0A>", "我"]
+    pieces = [*special, "[INST]", "a ", "word", "\n", "é", "<0x0A>", "我"]
     compared = 0
     for text in [*TEXTS, *fuzz(1000, pieces, seed=3)]:
-        if not any(token in text for token in SENTENCE_SPECIAL):
-            assert mine.encode(text) == maker.encode(text), text
+        ids = mine.encode(text)
+        if prefix and not any(token in text for token in special):
+            assert ids == maker.encode(text), text
         elif "  " not in text and "\u2581" not in text and "> " not in text and text[:1] != " ":
             # transformers 5 merges runs of spaces, and leading ones, otherwise than the maker
-            assert mine.encode(text) == other.encode(text, add_special_tokens=False), text
+            assert ids == other.encode(text, add_special_tokens=False), text
             compared += 1
-        ids = mine.encode(text)
         assert mine.decode(ids) == other.decode(ids)
     assert compared > 100
     rng = random.Random(1)
@@ -177,34 +179,16 @@ def test_sentencepiece_equals_the_makers_library_and_transformers(legacy: bool) 
         assert mine.decode(ids) == other.decode(ids)
 
 
-def test_a_sentencepiece_model_without_a_prefix_space() -> None:
-    folder = made.mistral_dir(False, prefix=False)
-    mine, other = ours(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    texts = ["Hello you", " Hello", "\n", "<s>a</s> b<unk>", "é🙂", made.CORPUS[0], made.CORPUS[3]]
-    for text in texts:
-        ids = other.encode(text, add_special_tokens=False)
-        assert mine.encode(text) == ids, text
-        assert mine.decode(ids) == other.decode(ids)
-
-
-def test_control_tokens_of_a_sentencepiece_model_are_found(tmp_path: Path) -> None:
+def test_control_and_added_tokens_of_a_sentencepiece_model_are_found(tmp_path: Path) -> None:
     file = made.mistral_model_file("mistral_instruct_tokenizer_240323.model.v3")
     shutil.copy(file, tmp_path / "tokenizer.model")
-    mine, maker = data.load_tokenizer(tmp_path), made.sentencepiece_model(file)
-    inst, end = maker.piece_to_id("[INST]"), maker.piece_to_id("[/INST]")
-    middle = maker.encode("hi")
-    assert mine.encode("<s>[INST] hi[/INST]") == [1, inst, *middle, end]
-    assert mine.decode([1, inst, *middle, end]) == "<s>[INST] hi[/INST]"
-    assert mine.eos_ids == (2,)
-
-
-def test_sentencepiece_added_tokens(tmp_path: Path) -> None:
-    shutil.copy(made.mistral_model_file(), tmp_path / "tokenizer.model")
-    made.write_json(tmp_path / "added_tokens.json", {"<|im_end|>": 32000, "<|im_start|>": 32001})
-    mine = data.load_tokenizer(tmp_path, "chatml")
-    assert mine.encode("<|im_start|>\n") == [32001, 13]
-    assert mine.eos_ids == (2, 32000)
-    assert mine.vocab_size == 32002
+    made.write_json(tmp_path / "added_tokens.json", {"<|im_end|>": 32768, "<|im_start|>": 32769})
+    mine, maker = data.load_tokenizer(tmp_path, "chatml"), made.sentencepiece_model(file)
+    ids = [1, maker.piece_to_id("[INST]"), *maker.encode("hi"), maker.piece_to_id("[/INST]")]
+    assert mine.encode("<s>[INST] hi[/INST]") == ids
+    assert mine.decode(ids) == "<s>[INST] hi[/INST]"
+    assert mine.encode("<|im_start|>\n") == [32769, maker.piece_to_id("<0x0A>")]
+    assert (mine.eos_ids, mine.vocab_size) == ((2, 32768), 32770)
 
 
 def test_random_merge_lists_equal_transformers(tmp_path: Path) -> None:
@@ -216,42 +200,42 @@ def test_random_merge_lists_equal_transformers(tmp_path: Path) -> None:
             if len("".join(pair)) < 9 and pair not in merges:
                 merges.append(pair)
                 vocab.setdefault("".join(pair), len(vocab))
-                words = [*{*words, "".join(pair)}]
-                words.sort()
-        folder = tmp_path / str(trial)
-        folder.mkdir()
-        write_bpe(folder, vocab, merges if trial % 2 else [" ".join(pair) for pair in merges])
-        mine, other = data.load_tokenizer(folder), theirs_of(folder)
+                words = sorted({*words, "".join(pair)})
+        written = merges if trial % 2 else [" ".join(pair) for pair in merges]
+        split = sequence(SPLIT, FLAT) if trial % 3 else {}  # what it does not match is kept
+        write_bpe(tmp_path, model=MODEL | {"vocab": vocab, "merges": written}, **split)
+        mine, other = data.load_tokenizer(tmp_path), theirs(tmp_path)
         for _ in range(60):
             text = "".join(rng.choices("abc", k=rng.randint(1, 14)))
             assert mine.encode(text) == other.encode(text, add_special_tokens=False), merges
 
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+MODEL = {"type": "BPE", "vocab": dict(data.ALPHABET), "merges": []}
+SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Isolated", "invert": False}
+FLAT = LEVEL | {"use_regex": False}
 
 
-def write_bpe(folder: Path, vocab: dict[str, int], merges: list[Any], **changes: Any) -> None:
-    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+def sequence(*steps: Any) -> dict[str, Any]:
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}}
+
+
+def write_bpe(folder: Path, **changes: Any) -> None:
+    """A tokenizer.json of bytes alone, but for these changes."""
     spec = {"version": "1.0", "added_tokens": [], "pre_tokenizer": LEVEL, "decoder": LEVEL}
-    made.write_json(folder / "tokenizer.json", spec | {"model": model} | changes)
-
-
-def theirs_of(folder: Path) -> Any:
-    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    made.write_json(folder / "tokenizer.json", spec | {"model": MODEL} | changes)
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
-def test_added_tokens_with_flags_that_change_ids_are_refused_by_name(
-    flag: str, tmp_path: Path
-) -> None:
+def test_added_tokens_with_flags_that_change_ids_are_refused(flag: str, tmp_path: Path) -> None:
     """`normalized` changes none where the normalizer is None, and there real checkpoints set it."""
     token = {"id": 256, "content": "<x>", "special": True, flag: True}
     for normalizer in (None, {"type": "NFC"}):
-        write_bpe(tmp_path, dict(data.ALPHABET), [], added_tokens=[token], normalizer=normalizer)
+        write_bpe(tmp_path, added_tokens=[token], normalizer=normalizer)
         if flag == "normalized" and normalizer is None:
             assert data.load_tokenizer(tmp_path).encode("a<x> ") == [97, 256, 32]
         else:
-            with pytest.raises(InputError, match=f"token '<x>' has {flag}, "):
+            with refused(f"token '<x>' has {flag}, "):
                 data.load_tokenizer(tmp_path)
 
 
@@ -260,65 +244,55 @@ def test_odd_text_and_ids_without_a_token() -> None:
         tokenizer = ours(folder)
         assert tokenizer.decode(tokenizer.encode("a\ud83dz \udc00")) == "a\ufffdz \ufffd"
         assert tokenizer.decode([10**6, *tokenizer.encode("a")]) == "a"
-        with pytest.raises(InputError, match="negative"):
+        with refused("negative"):
             tokenizer.decode([-1])
 
 
 # ------------------------------------------------------------------------------------- templates
 
 
-def with_template(
-    source: Path, folder: Path, template: Any, as_file: bool = False, **config: Any
-) -> Path:
+def with_template(source: Path, folder: Path, template: Any, as_file: bool = False) -> Path:
     """A copy of a tokenizer that has this chat template."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
-    known = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = folder / "tokenizer_config.json"
     if as_file:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    made.write_json(
-        folder / "tokenizer_config.json",
-        known | ({} if as_file else {"chat_template": template}) | config,
-    )
+    else:
+        made.write_json(config, json.loads(config.read_text()) | {"chat_template": template})
     return folder
+
+
+TEMPLATED: list[tuple[Make, str]] = [
+    (made.qwen_dir, QWEN),
+    (made.llama3_markers_dir, LLAMA3),
+    (lambda: made.mistral_dir(False), MISTRAL),
+    (lambda: made.mistral_dir(True), MISTRAL),
+]
 
 
 @pytest.mark.parametrize("as_file", [False, True])
 @pytest.mark.parametrize(
     ("source", "template"),
     [
-        (made.qwen_dir, QWEN),
+        *TEMPLATED,
         (made.qwen_dir, [{"name": "a", "template": "x"}, {"name": "default", "template": QWEN}]),
-        (made.llama3_markers_dir, LLAMA3),
         (made.llama3_markers_dir, data.FALLBACKS["llama3"]),
-        (lambda: made.mistral_dir(False), MISTRAL),
         (made.qwen_dir, data.FALLBACKS["zephyr"]),
         (made.qwen_dir, "{{ messages | tojson }}{{ bos_token is defined }}<|im_end|>"),
+        (made.smollm2_tokenizer_dir, None),  # its own
     ],
 )
 def test_templates_render_as_in_transformers(
-    source: Callable[[], Path], template: Any, as_file: bool, tmp_path: Path
+    source: Make, template: Any, as_file: bool, tmp_path: Path
 ) -> None:
     if as_file and isinstance(template, list):
         template = template[1]["template"]
-    folder = with_template(source(), tmp_path, template, as_file)
+    folder = with_template(source(), tmp_path, template, as_file) if template else source()
     mine, other = data.load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    for chat in CHATS:
-        for flag in (False, True):
-            options = {"add_generation_prompt": flag}
-            text = other.apply_chat_template(chat, tokenize=False, **options)
-            assert mine.render(chat, flag) == text
-            ids = other.apply_chat_template(chat, return_dict=False, **options)
-            assert mine.apply_chat_template(chat, flag) == ids
-
-
-def test_the_real_checkpoints_template() -> None:
-    folder = made.smollm2_tokenizer_dir()
-    mine, other = ours(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    for chat in CHATS:
-        ids = other.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        assert mine.apply_chat_template(chat, add_generation_prompt=True) == ids
-    assert mine.eos_ids == (other.convert_tokens_to_ids("<|im_end|>"),)
+    for chat, flag in itertools.product(CHATS, (False, True)):
+        told = {"add_generation_prompt": flag, "return_dict": False}
+        assert mine.render(chat, flag) == other.apply_chat_template(chat, tokenize=False, **told)
+        assert mine.apply_chat_template(chat, flag) == other.apply_chat_template(chat, **told)
 
 
 @pytest.mark.parametrize(
@@ -329,14 +303,11 @@ def test_the_real_checkpoints_template() -> None:
         ("llama3", made.llama3_markers_dir, "<|eot_id|>"),
     ],
 )
-def test_a_fallback_ends_turns_and_is_saved_for_transformers(
-    name: str, source: Callable[[], Path], end: str, tmp_path: Path
-) -> None:
+def test_fallbacks_end_and_are_saved(name: str, source: Make, end: str, tmp_path: Path) -> None:
     mine = data.load_tokenizer(source(), name)
     assert mine.encode(end)[0] in mine.eos_ids
     mine.save(tmp_path / "saved")
-    again = data.load_tokenizer(tmp_path / "saved")
-    chat = CHATS[1]
+    again, chat = data.load_tokenizer(tmp_path / "saved"), CHATS[1]
     assert again.apply_chat_template(chat, True) == mine.apply_chat_template(chat, True)
     assert again.eos_ids == mine.eos_ids
     if name != "zephyr":  # a Mistral config.json is the model's, and not the tokenizer's to save
@@ -380,11 +351,11 @@ def test_the_digest_tells_apart_what_decides_the_ids(tmp_path: Path) -> None:
     others = [digest(CHATML), digest(QWEN, "chatml"), digest(QWEN, eos_token_id=end)]
     file = tmp_path / "tokenizer.json"
     file.write_bytes(file.read_bytes().replace(b"<tool_call>", b"<tool_cell>"))
-    others.append(data.load_tokenizer(tmp_path).digest())
-    assert len({first, *others}) == 5
+    assert len({first, *others, data.load_tokenizer(tmp_path).digest()}) == 5
 
 
 def test_eos_ids_come_from_all_files_and_from_the_template_in_order(tmp_path: Path) -> None:
+    assert ours(made.smollm2_tokenizer_dir()).eos_ids == (2,)  # <|im_end|>
     folder = with_template(made.qwen_dir(), tmp_path, QWEN)
     eos, start, end = (ours(made.qwen_dir()).encode(t.content)[0] for t in made.CHATML_TOKENS)
     assert data.load_tokenizer(folder).eos_ids == (eos, end)
@@ -404,18 +375,8 @@ def example(response: str, *turns: dict[str, str], rejected: str | None = None) 
     return data.Example(turns or (USER,), response, rejected, "file.jsonl:3")
 
 
-TEMPLATED: list[tuple[Callable[[], Path], str]] = [
-    (made.qwen_dir, QWEN),
-    (made.llama3_markers_dir, LLAMA3),
-    (lambda: made.mistral_dir(False), MISTRAL),
-    (lambda: made.mistral_dir(True), MISTRAL),
-]
-
-
 @pytest.mark.parametrize(("source", "template"), TEMPLATED)
-def test_prompt_and_response_are_the_conversation_through_its_last_eos(
-    source: Callable[[], Path], template: str, tmp_path: Path
-) -> None:
+def test_prompt_and_response_make_up_the_whole(source: Make, template: str, tmp_path: Path) -> None:
     tokenizer = data.load_tokenizer(with_template(source(), tmp_path, template))
     for turns in CHATS:
         for answer in ("Yes.", "é 🙂\n\n- one\n", "1", "a" * 500):
@@ -428,29 +389,29 @@ def test_prompt_and_response_are_the_conversation_through_its_last_eos(
             assert tokenizer.decode(pair.rejected[:-1]).strip() == "No"
 
 
-def test_a_response_that_merges_into_the_prompt_is_encoded_apart(tmp_path: Path) -> None:
-    tokenizer = data.load_tokenizer(with_template(made.qwen_dir(), tmp_path, CHATML))
-    pair = data.encode_example(tokenizer, example("\n\nYes"))
-    assert pair.prompt == tokenizer.apply_chat_template([USER], add_generation_prompt=True)
-    assert pair.chosen == tokenizer.encode("\n\nYes<|im_end|>")
+BARE = "{{ messages[0].content }}{% for m in messages[1:] %}{{ m.content }}</s>{% endfor %}"
+ROLES = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+ROLES += "{% if add_generation_prompt %}assistant: {% endif %}"
+WITHIN = "A <|endoftext|> within, then more"
 
 
-def test_sentencepiece_puts_no_space_before_a_response_that_is_encoded_apart(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("source", "template", "response", "chosen"),
+    [
+        (made.qwen_dir, CHATML, "\n\nYes", "\n\nYes<|im_end|>"),  # merges into the prompt
+        (lambda: made.mistral_dir(True), BARE, "ting", "ting</s>"),  # no space before it
+        (made.qwen_dir, ROLES, WITHIN, f"{WITHIN}\n<|endoftext|>"),  # the template ends no turn
+    ],
+)
+def test_a_response_is_encoded_apart_and_ends_in_eos(
+    source: Make, template: str, response: str, chosen: str, tmp_path: Path
 ) -> None:
-    template = "{{ messages[0].content }}{% for m in messages[1:] %}{{ m.content }}</s>{% endfor %}"
-    tokenizer = data.load_tokenizer(with_template(made.mistral_dir(True), tmp_path, template))
-    pair = data.encode_example(tokenizer, example("ting", {"role": "user", "content": "interes"}))
-    assert tokenizer.decode([*pair.prompt, *pair.chosen]) == "interesting</s>"
-
-
-def test_eos_is_added_where_the_template_has_none(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    tokenizer = data.load_tokenizer(with_template(made.qwen_dir(), tmp_path, template))
-    text = "A <|endoftext|> within, then more"
-    pair = data.encode_example(tokenizer, example(text))
-    assert tokenizer.decode(pair.chosen) == f"{text}\n<|endoftext|>"
+    tokenizer = data.load_tokenizer(with_template(source(), tmp_path, template))
+    turn = {"role": "user", "content": "interes"}
+    pair = data.encode_example(tokenizer, example(response, turn))
+    assert pair.prompt == tokenizer.apply_chat_template([turn], add_generation_prompt=True)
+    assert pair.chosen == tokenizer.encode(chosen, continuing=True)
+    assert tokenizer.decode([*pair.prompt, *pair.chosen]) == tokenizer.render([turn], True) + chosen
 
 
 def test_rows_are_dropped_by_prompt_and_cut_by_length(tmp_path: Path) -> None:
@@ -466,11 +427,11 @@ def test_rows_are_dropped_by_prompt_and_cut_by_length(tmp_path: Path) -> None:
     assert [len(pair.prompt) for pair in pairs] == [prompts[0], prompts[2]]
     assert len(pairs[1].prompt) + len(pairs[1].chosen) == 40
     assert all(pair.rejected[-1] in tokenizer.eos_ids for pair in pairs)
-    _, pairs, counts = data.encode_examples(rows, tokenizer, 40, limit - 1)
+    counts = data.encode_examples(rows, tokenizer, 40, limit - 1)[2]
     assert counts["dropped_prompt"] == 2  # a prompt of exactly the limit is dropped
-    with pytest.raises(InputError, match="none of the 3 rows is left"):
+    with refused("none of the 3 rows is left"):
         data.encode_examples(rows, tokenizer, 40, prompts[0])
-    with pytest.raises(InputError, match="max prompt length"):
+    with refused("max prompt length"):
         data.encode_examples(rows, tokenizer, 40, 41)
 
 
@@ -491,10 +452,9 @@ def test_rows_are_dropped_by_prompt_and_cut_by_length(tmp_path: Path) -> None:
     ],
 )
 def test_bad_templates_are_one_line_errors(template: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
+    with refused(message):
         tokenizer = data.load_tokenizer(with_template(made.qwen_dir(), tmp_path, template))
         data.encode_example(tokenizer, example("Yes"))
-    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------- rows
@@ -562,7 +522,7 @@ def test_rows_of_prompts_may_do_without_a_response(tmp_path: Path) -> None:
     assert [bool(data.encode_example(tokenizer, row).chosen) for row in found][1:3] == [False, True]
     for row in ({"response": "x"}, {"messages": [A]}, {"messages": [S]}, {"prompt": ""}, "q", 3):
         file.write_text(json.dumps(row))
-        with pytest.raises(InputError, match=r"prompts\.jsonl:1: "):
+        with refused("prompts.jsonl:1: "):
             data.load_examples(file, prompts=True)
 
 
@@ -572,7 +532,6 @@ GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
 @pytest.mark.parametrize(
     ("content", "line", "message"),
     [
-        ("", None, "no rows"),
         (" \n\n", None, "no rows"),
         ("[]", None, "no rows"),
         (b"\xff\xfe{\x00", 1, "utf-8"),
@@ -580,7 +539,6 @@ GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
         (f"{GOOD}\n{{", 2, "at column 2"),
         (f"{GOOD}\n{GOOD}{GOOD}", 2, "Extra data"),
         (f"[{GOOD}\n{GOOD}]", None, "Expecting ',' delimiter: line 2"),
-        (f"[{GOOD}", None, "Expecting ','"),
         (f"[{GOOD}] x", None, "Extra data"),
         ("[" * 100_000, None, "no data file"),
         ('{"a":' * 100_000, 1, "no data file"),
@@ -588,7 +546,6 @@ GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
         (f"[{GOOD},\n\n5]", None, ", row 2: a row should be a JSON object"),
         ("null", 1, "JSON object"),
         ("1" * 5000, 1, "no data file"),
-        ('{"text": "a"}', 1, "no 'chosen'"),
         ('{"prompt": "q"}', 1, "no 'chosen'"),
         ('{"chosen": "a", "rejected": "b"}', 1, "no user's turn"),
         ('{"prompt": 3, "chosen": "a", "rejected": "b"}', 1, "'prompt' should be text"),
@@ -616,35 +573,22 @@ def test_bad_rows_are_one_line_errors_with_their_place(
 ) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError) as caught:
+    with refused(message, f"{file}:{line}: " if line else str(file), most=len(str(file)) + 300):
         data.load_examples(file, rejected=True)
-    text = str(caught.value)
-    assert message in text and "\n" not in text and len(text) < len(str(file)) + 300
-    assert (f"{file}:{line}: " if line else str(file)) in text
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jsonl", tmp_path, Path("n" * 300)):
-        with pytest.raises(InputError, match="no data file") as caught:
+        with refused("no data file", str(path)):
             data.load_examples(path)
-        assert str(path) in str(caught.value)
 
 
 # ------------------------------------------------------------------------------ broken tokenizers
 
-BASE = {"added_tokens": [], "pre_tokenizer": LEVEL}
-MODEL = {"type": "BPE", "vocab": dict(data.ALPHABET), "merges": []}
-SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Isolated", "invert": False}
-FLAT = LEVEL | {"use_regex": False}
-
-
-def sequence(*steps: Any) -> dict[str, Any]:
-    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}}
-
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
+    ("broken", "message"),
+    [  # parts of tokenizer.json, or whole files
         ({"pre_tokenizer": None}, "pre_tokenizer"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "tokenizer.model"),
         ({"pre_tokenizer": LEVEL | {"add_prefix_space": True}}, "add_prefix_space"),
@@ -659,41 +603,15 @@ def sequence(*steps: Any) -> dict[str, Any]:
         ({"model": MODEL | {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
         ({"model": MODEL | {"merges": [["a", "b"]]}}, "a merge makes 'ab'"),
         ({"model": MODEL | {"merges": ["a b c"]}}, "malformed"),
-        ({"model": MODEL | {"merges": 3}}, "malformed"),
-        ({"model": MODEL | {"vocab": ["a"]}}, "malformed"),
         ({"model": MODEL | {"vocab": {"a": "b"}}}, "malformed"),
         ({"model": MODEL | {"unk_token": "<unk>"}}, "malformed"),
         ({"model": 5}, "malformed"),
         ({"added_tokens": [{"content": "x"}]}, "malformed"),
-        ({"added_tokens": ["x"]}, "malformed"),
-    ],
-)
-def test_what_a_tokenizer_json_has_beyond_this_is_named(
-    change: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    made.write_json(tmp_path / "tokenizer.json", BASE | {"model": MODEL} | change)
-    with pytest.raises(InputError) as caught:
-        data.load_tokenizer(tmp_path)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_text_that_the_regular_expression_does_not_match_is_kept(tmp_path: Path) -> None:
-    write_bpe(tmp_path, dict(data.ALPHABET) | {"bc": 256}, [["b", "c"]], **sequence(SPLIT, FLAT))
-    for text in ("abca", "bc", "xbcabcx bc"):
-        ids = theirs_of(tmp_path).encode(text, add_special_tokens=False)
-        assert data.load_tokenizer(tmp_path).encode(text) == ids
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "has no tokenizer"),
+        ({"tokenizer.json": None}, "has no tokenizer"),
         ({"tokenizer.model": b""}, "has no tokenizer"),
         ({"tokenizer.model": b"\x0a\x03abc"}, "tokenizer.model is malformed"),
         ({"tokenizer.model": b"version https://git-lfs.github.com/spec/v1\n"}, "malformed"),
         ({"tokenizer.model": b"IQ== 0\nIg== x\n"}, "tokenizer.model is malformed"),
-        ({"tokenizer.model": b"IQ== 0\n\xff\n"}, "tokenizer.model is malformed"),
         ({"tokenizer.json": b"{"}, "Expecting property name"),
         ({"tokenizer.json": b"[]"}, "not a JSON object"),
         ({"tokenizer_config.json": b"{'a'}"}, "Expecting property name"),
@@ -707,36 +625,29 @@ def test_text_that_the_regular_expression_does_not_match_is_kept(tmp_path: Path)
         ({"chat_template.jinja": b"\xff"}, "malformed"),
     ],
 )
-def test_broken_folders_are_one_line_errors(
-    files: dict[str, bytes], message: str, tmp_path: Path
-) -> None:
-    if files and not set(files) & {"tokenizer.json", "tokenizer.model"}:
-        write_bpe(tmp_path, dict(data.ALPHABET), [])
+def test_bad_tokenizers_are_named(broken: dict[str, Any], message: str, tmp_path: Path) -> None:
+    files = {name: content for name, content in broken.items() if "." in name}
+    if not files.keys() & {"tokenizer.json", "tokenizer.model"}:
+        write_bpe(tmp_path, **broken if not files else {})
     for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as caught:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    with refused(message, str(tmp_path)):
         data.load_tokenizer(tmp_path)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
 
 
-def test_fallbacks_that_a_vocabulary_cannot_spell_are_refused(tmp_path: Path) -> None:
-    write_bpe(tmp_path, dict(data.ALPHABET), [])
+def test_a_bare_vocabulary_spells_no_fallback_and_ends_no_turn(tmp_path: Path) -> None:
+    write_bpe(tmp_path)
     for name, token in (("chatml", "<|im_start|>"), ("zephyr", "eos_token"), ("llama3", "<|")):
-        with pytest.raises(InputError, match=name) as caught:
+        with refused(name, token):
             data.load_tokenizer(tmp_path, name)
-        assert token in str(caught.value)
-    with pytest.raises(InputError, match="'alpaca' is not one of chatml, zephyr, llama3"):
+    with refused("'alpaca' is not one of chatml, zephyr, llama3"):
         data.load_tokenizer(tmp_path, "alpaca")
-    with pytest.raises(InputError, match="not a folder"):
+    with refused("not a folder"):
         data.load_tokenizer(tmp_path / "tokenizer.json")
-
-
-def test_a_tokenizer_without_eos_encodes_but_ends_no_turn(tmp_path: Path) -> None:
-    write_bpe(tmp_path, dict(data.ALPHABET), [])
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)
     tokenizer = data.load_tokenizer(tmp_path)
     assert tokenizer.encode("ab") == [97, 98] and tokenizer.eos_ids == ()
-    with pytest.raises(InputError, match="has no EOS"):
+    with refused("has no EOS"):
         data.encode_example(tokenizer, example("Yes"))

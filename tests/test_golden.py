@@ -147,7 +147,7 @@ def test_fresh_pairs_are_cut_and_spliced_by_the_rules(name: str) -> None:
         unpack(values, "fresh"), values["fresh/bounds"], strict=True
     ):
         assert stop - start == min(int(args["segment_length"]), len(pair.chosen))
-        assert start <= max(0, len(pair.chosen) - 3 - (stop - start))
+        assert start <= max(0, len(pair.chosen) - 1 - (stop - start))
         assert pair.rejected[:start] == pair.chosen[:start]
         ended = 256 in pair.rejected[start:new]
         assert pair.rejected[new:] == ([] if ended else pair.chosen[stop:])

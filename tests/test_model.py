@@ -25,11 +25,6 @@ from model import Config, InputError, Transformer, generate, pair_logprobs, samp
 KINDS = list(VARIANTS)
 
 
-def load(made: tuple[Path, Any], **options: Any) -> tuple[Transformer, Any]:
-    """(our model, transformers' model) of a checkpoint from `tiny_checkpoint`."""
-    return Transformer.from_pretrained(made[0], **options), made[1]
-
-
 def random_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -56,10 +51,10 @@ def hf_logprob(model: Any, prompt: list[int], response: list[int]) -> torch.Tens
     return logits.float().log_softmax(-1).gather(1, targets).sum()
 
 
-def ours_from(model: Any) -> Transformer:
-    """Our model with the weights of transformers', without a file."""
+def ours_from(model: Any, scale: float = 1.0) -> Transformer:
+    """Our model with the weights of transformers', or so much of them, without a file."""
     ours = Transformer(Config.from_dict(model.config.to_dict()))
-    theirs = model.state_dict()
+    theirs = {name: weight * scale for name, weight in model.state_dict().items()}
     lacks = ours.load_state_dict(theirs, strict=False)
     assert not lacks.missing_keys and set(lacks.unexpected_keys) <= {"lm_head.weight"}
     return ours
@@ -70,15 +65,9 @@ def ours_from(model: Any) -> Transformer:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_equal_transformers(kind: str, tiny_checkpoint: Any) -> None:
-    ours, theirs = load(tiny_checkpoint(kind))
-    tokens = random_tokens(3, 60)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_config_as_transformers_4_wrote_it_says_the_same(kind: str, tiny_checkpoint: Any) -> None:
+    """With the config as transformers 5 writes it, and as 4 wrote it."""
     folder, theirs = tiny_checkpoint(kind)
+    new = Transformer.from_pretrained(folder)
     raw = json.loads((folder / "config.json").read_text())
     rope = raw.pop("rope_parameters")
     raw["rope_theta"] = rope.pop("rope_theta")
@@ -91,10 +80,10 @@ def test_config_as_transformers_4_wrote_it_says_the_same(kind: str, tiny_checkpo
     if kind == "qwen2":
         raw["sliding_window"] = 5  # without use_sliding_window, this does nothing
     (folder / "config.json").write_text(json.dumps(raw))
-    tokens = random_tokens(2, 40)
+    old, tokens = Transformer.from_pretrained(folder), random_tokens(3, 60)
     with torch.no_grad():
-        ours = Transformer.from_pretrained(folder)(tokens)
-        torch.testing.assert_close(ours, theirs(tokens).logits, atol=1e-4, rtol=0)
+        for ours in (new, old):
+            torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
 
 
 def test_variants_differ_from_each_other() -> None:
@@ -103,8 +92,7 @@ def test_variants_differ_from_each_other() -> None:
     with torch.no_grad():
         base = ours_from(tiny("llama"))(tokens)
         for kind in ("llama-rope-llama3", "llama-rope-linear", "mistral-window", "qwen2-window"):
-            full = {"num_key_value_heads": 4}
-            changed = ours_from(tiny(kind, **full))(tokens)
+            changed = ours_from(tiny(kind, num_key_value_heads=4))(tokens)
             assert (changed - base).abs().max() > 0.1, kind
 
 
@@ -140,9 +128,10 @@ def test_weights_load_into_the_dtype_asked_for(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_generation_equals_transformers(kind: str, tiny_checkpoint: Any) -> None:
+def test_greedy_generation_equals_transformers(kind: str) -> None:
     """Prompts on either side of the window, which decoding also passes."""
-    ours, theirs = load(tiny_checkpoint(kind))
+    theirs = tiny(kind)
+    ours = ours_from(theirs)
     prompts = random_prompts([3, 1, 30, 6, 11])
     wanted = [hf_greedy(theirs, prompt, 16) for prompt in prompts]
     assert generate(ours, prompts, 16, temperature=0) == wanted
@@ -175,9 +164,8 @@ def test_draws_depend_on_the_rows_own_seed_alone() -> None:
         assert generate(ours, [prompts[i]], budgets[i], seed=[seeds[i]], **options) == [alone]
     longer = generate(ours, prompts, 20, seed=seeds, **options)
     assert [row[:budget] for row, budget in zip(longer, budgets, strict=True)] == together
-    assert (
-        generate(ours, prompts[::-1], budgets[::-1], seed=seeds[::-1], **options) == together[::-1]
-    )
+    backwards = generate(ours, prompts[::-1], budgets[::-1], seed=seeds[::-1], **options)
+    assert backwards[::-1] == together
 
 
 def test_an_int_seed_gives_each_row_its_own_stream() -> None:
@@ -304,25 +292,16 @@ def test_weights_by_columns_give_the_same_tokens_and_leave_the_model_alone() -> 
         assert by_columns or a.data_ptr() == b.data_ptr()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"prompts": [[]]},
-        {"max_new_tokens": -1},
-        {"max_new_tokens": [1, 2]},
-        {"seed": [1, 2]},
-        {"temperature": -0.1},
-        {"temperature": math.nan},
-        {"top_k": -1},
-        {"top_p": 0.0},
-        {"top_p": 1.5},
-        {"batch_size": 0},
-    ],
-)
-def test_generate_refuses_nonsense(options: dict[str, Any]) -> None:
+NONSENSE = [("prompts", [[]]), ("max_new_tokens", -1), ("max_new_tokens", [1, 2]), ("seed", [1, 2])]
+NONSENSE += [("temperature", -0.1), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0)]
+NONSENSE += [("top_p", 1.5), ("batch_size", 0)]
+
+
+@pytest.mark.parametrize("name, value", NONSENSE)
+def test_generate_refuses_nonsense(name: str, value: Any) -> None:
     ours = ours_from(tiny("llama"))
     with pytest.raises(ValueError, match="generate needs"):
-        generate(ours, **{"prompts": [[1, 2]], "max_new_tokens": 3} | options)
+        generate(ours, **{"prompts": [[1, 2]], "max_new_tokens": 3} | {name: value})
 
 
 # ----------------------------------------------------------------------------------------- pairs
@@ -344,7 +323,8 @@ def test_pairs_equal_two_separate_sequences(kind: str) -> None:
     theirs = tiny(kind)
     ours = ours_from(theirs)
     weights = torch.randn(2, len(PAIRS), generator=torch.Generator().manual_seed(6))
-    chosen, rejected, n_chosen, n_rejected = pair_logprobs(ours, PAIRS)
+    more = [(*pair, object()) for pair in PAIRS]  # what a pair holds beside its sides is not read
+    chosen, rejected, n_chosen, n_rejected = pair_logprobs(ours, more)
     ((chosen * weights[0]).sum() + (rejected * weights[1]).sum()).backward()
     wanted = [[hf_logprob(theirs, p, r) for r in (c, d)] for p, c, d in PAIRS]
     sum((w * v).sum() for w, v in zip(weights.T, map(torch.stack, wanted), strict=True)).backward()
@@ -361,40 +341,24 @@ def test_pairs_equal_two_separate_sequences(kind: str) -> None:
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4 * scale, rtol=1e-3)
 
 
-def test_a_pair_does_not_depend_on_its_batch() -> None:
-    ours = ours_from(tiny("mistral-window"))
-    with torch.no_grad():
-        together = torch.stack(pair_logprobs(ours, PAIRS))
-        alone = [torch.stack(pair_logprobs(ours, [pair])) for pair in PAIRS]
-    torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-4, rtol=1e-5)
-
-
-def test_swapping_a_pairs_sides_swaps_its_results() -> None:
-    ours = ours_from(tiny("qwen2-window"))
-    with torch.no_grad():
-        c, r, n_c, n_r = pair_logprobs(ours, PAIRS)
-        swapped = pair_logprobs(ours, [(p, b, a) for p, a, b in PAIRS])
-    for got, want in zip(swapped, (r, c, n_r, n_c), strict=True):
-        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
-
-
 def test_a_shared_prefix_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     widths = []
     monkeypatch.setattr(
         lm.Branches, "read", lambda self, x, head: widths.append(x.shape[0]) or x.sum(1)
     )
-    ours = ours_from(tiny("llama"))
-    layout = lm.Branches([([1] * 10, [2] * 5 + [3], [2] * 5 + [4, 5])], ours.device)
+    ours, pair = ours_from(tiny("llama")), ([1] * 10, [2] * 5 + [3], [2] * 5 + [4, 5], object())
+    layout = lm.Branches([pair], ours.device)
     ours(layout.tokens, layout)
-    assert widths == [10 + 5 + 1 + 2]
+    assert widths == [10 + 5 + 1 + 2] == [lm.tree_size(pair)]
 
 
-def test_what_a_pair_holds_beside_its_sides_is_not_read() -> None:
-    ours, more = ours_from(tiny("llama")), [(*pair, object()) for pair in PAIRS]
-    with torch.no_grad():
-        for got, want in zip(pair_logprobs(ours, more), pair_logprobs(ours, PAIRS), strict=True):
-            assert torch.equal(got, want)
-    assert [*map(lm.tree_size, more)] == [*map(lm.tree_size, PAIRS)]
+def graded(ours: Transformer) -> list[torch.Tensor]:
+    """The log-probs of PAIRS, and the gradients of a loss of both sides."""
+    ours.zero_grad()
+    chosen, rejected, *_ = pair_logprobs(ours, PAIRS)
+    (chosen - rejected).square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in ours.parameters()]
+    return [chosen.detach(), rejected.detach(), *gradients]
 
 
 def test_pairs_without_a_prompt_are_refused() -> None:
@@ -403,10 +367,8 @@ def test_pairs_without_a_prompt_are_refused() -> None:
 
 
 def test_bf16_compute_on_fp32_weights_is_close_and_gives_fp32_gradients() -> None:
-    ours = ours_from(tiny("llama-gqa-tied"))
+    ours = ours_from(tiny("llama-gqa-tied"), 0.3)
     with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.mul_(0.3)
         exact = pair_logprobs(ours, PAIRS)[0]
     ours.compute_dtype = torch.bfloat16
     rounded = pair_logprobs(ours, PAIRS)[0]
@@ -418,45 +380,29 @@ def test_bf16_compute_on_fp32_weights_is_close_and_gives_fp32_gradients() -> Non
     assert len(generate(ours, [[1, 2], [3]], 4)[0]) == 4
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa-untied", "qwen2-window"])
-def test_checkpointing_changes_no_gradient(kind: str) -> None:
-    ours, gradients = ours_from(tiny(kind)), []
-    for ours.checkpointing in (False, True):
-        ours.zero_grad()
-        chosen, rejected, *_ = pair_logprobs(ours, PAIRS)
-        (chosen - rejected).square().sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in ours.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Switches torch's one kernel for all sequences on, which is on the CPU here."""
-
-    def switch(on: bool) -> None:
-        monkeypatch.setattr(lm, "has_kernel", varlen_cpu.has_kernel if on else lambda *_: False)
-
-    return switch
+    return lambda on: monkeypatch.setattr(
+        lm, "has_kernel", varlen_cpu.has_kernel if on else lambda *_: False
+    )
 
 
 KERNEL_KINDS = ["llama-gqa-untied", "llama-head-dim", "mistral-window", "qwen2-window"]
 
 
 @pytest.mark.parametrize("kind", KERNEL_KINDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_kernel_for_all_sequences_computes_the_same(
-    kind: str, checkpointing: bool, kernel: Callable[[bool], None]
+def test_one_kernel_and_checkpointing_compute_the_same(
+    kind: str, kernel: Callable[[bool], None]
 ) -> None:
     """Prefixes, windows, grouped heads; the values, and their gradients."""
     ours, found = ours_from(tiny(kind)), []
-    ours.checkpointing = checkpointing
     for on in (False, True):
         kernel(on)
-        ours.zero_grad()
-        chosen, rejected, *_ = pair_logprobs(ours, PAIRS)
-        (chosen - rejected).square().sum().backward()
-        gradients = [parameter.grad.clone() for parameter in ours.parameters()]
-        found.append([chosen.detach(), rejected.detach(), *gradients])
+        ours.checkpointing = False
+        found.append(graded(ours))
+        ours.checkpointing = True
+        assert all(torch.equal(a, b) for a, b in zip(graded(ours), found[-1], strict=True))
     for got, want in zip(found[1], found[0], strict=True):
         scale = want.abs().max().item()
         torch.testing.assert_close(got, want, atol=1e-5 * scale, rtol=1e-4)
@@ -466,10 +412,7 @@ def test_one_kernel_for_all_sequences_computes_the_same(
 def test_one_kernel_in_bf16_is_as_near_to_fp32_as_the_slow_path(
     kind: str, kernel: Callable[[bool], None]
 ) -> None:
-    ours, found = ours_from(tiny(kind)), []
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.mul_(0.3)
+    ours, found = ours_from(tiny(kind), 0.3), []
     for on, ours.compute_dtype in ((False, None), (False, torch.bfloat16), (True, torch.bfloat16)):
         kernel(on)
         ours.zero_grad()
@@ -569,12 +512,8 @@ def test_log_probs_in_chunks_and_their_gradients_are_those_of_the_whole(
     head = torch.randn(97, 16, generator=generator).requires_grad_()
     targets = torch.randint(97, (300,), generator=generator)
     weights = torch.randn(300, generator=generator)
-
-    def whole() -> torch.Tensor:
-        logits = F.linear(x, head.to(dtype)).float()
-        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-
-    want = whole()
+    logits = F.linear(x, head.to(dtype)).float()
+    want = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     want_x, want_head = torch.autograd.grad((want * weights).sum(), (x, head))
     got = lm.TokenLogprobs.apply(x, head, targets, kept)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -636,30 +575,21 @@ def test_saved_models_load_back_bit_for_bit(kind: str, dtype: torch.dtype, tmp_p
         assert (model.float()(random_tokens(1, 20)).logits - logits).abs().max() < 1e-4
 
 
-def test_large_models_are_sharded(tmp_path: Path) -> None:
-    ours = ours_from(tiny("llama-gqa-untied"))
-    lm.write_config(tmp_path, ours.config, ours.dtype)
-    weights = dict(ours.named_parameters())
-    lm.write_weights(tmp_path, weights, shard_bytes=20_000)
-    files = sorted(tmp_path.glob("model-*.safetensors"))
-    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
-    for file in files:
-        _, *others = load_file(file).values()
-        assert sum(4 * t.numel() for t in others) <= 20_000
-    again = Transformer.from_pretrained(tmp_path).state_dict()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-    for name, weight in weights.items():
-        assert torch.equal(weight, again[name]) and torch.equal(weight, theirs[name])
-
-
-def test_a_folder_holds_the_last_model_saved_in_it(tmp_path: Path) -> None:
-    first, second = (ours_from(tiny("llama", seed=seed)) for seed in (1, 2))
+def test_large_models_are_sharded_and_a_folder_holds_the_last_saved_in_it(tmp_path: Path) -> None:
+    first, second = (ours_from(tiny("llama-gqa-untied", seed=seed)) for seed in (1, 2))
     for ours, most in ((first, 5 * 10**9), (second, 20_000), (first, 5 * 10**9)):
         weights = dict(ours.named_parameters())
         lm.write_config(tmp_path, ours.config, ours.dtype)
         lm.write_weights(tmp_path, weights, shard_bytes=most)
         again = Transformer.from_pretrained(tmp_path).state_dict()
-        assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+        for name, weight in weights.items():
+            assert torch.equal(weight, again[name]) and torch.equal(weight, theirs[name])
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    for file in files:
+        _, *others = load_file(file).values()
+        assert sum(4 * t.numel() for t in others) <= 20_000
 
 
 @pytest.mark.parametrize("shard_bytes", [16, 10**9])
@@ -679,32 +609,27 @@ def test_any_tensors_are_written_and_read_by_name(shard_bytes: int, tmp_path: Pa
         read["d"]
 
 
-def test_tensors_are_written_as_they_are_fetched_and_read_when_asked_for(tmp_path: Path) -> None:
-    held: list[str] = []
-    lm.write_weights(tmp_path, {"a": torch.ones(3), "b": torch.ones(2)}, torch.Tensor.bfloat16)
-    tensors = lm.Tensors(tmp_path)
-    assert tensors["a"].dtype == torch.bfloat16
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm, "safe_open", lambda path, framework: held.append(path) or 1 / 0)
-        with pytest.raises(InputError):
-            tensors["b"]
-    assert held == [tmp_path / "model.safetensors"]
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(InputError, match=str(file)):
-        lm.Tensors(tmp_path)
-
-
-def test_ranks_that_do_not_write_fetch_all_the_same(tmp_path: Path) -> None:
+def test_tensors_are_fetched_on_all_ranks_written_on_one_and_read_when_asked_for(
+    tmp_path: Path,
+) -> None:
     fetched: list[torch.Tensor] = []
-    tree = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    tree, file = {"a": torch.ones(3), "b": torch.ones(2)}, tmp_path / "model.safetensors"
 
     def fetch(tensor: torch.Tensor) -> torch.Tensor:
         fetched.append(tensor)
-        return tensor
+        return tensor.bfloat16()
 
     lm.write_weights(tmp_path, tree, fetch, write=False, shard_bytes=4)
     assert [*map(id, fetched)] == [*map(id, tree.values())] and not [*tmp_path.iterdir()]
+    lm.write_weights(tmp_path, tree, fetch)
+    tensors, content = lm.Tensors(tmp_path), file.read_bytes()
+    assert tensors["a"].dtype == torch.bfloat16
+    file.unlink()
+    with pytest.raises(InputError, match=str(file)):
+        tensors["b"]
+    file.write_bytes(content[:-3])
+    with pytest.raises(InputError, match=str(file)):
+        lm.Tensors(tmp_path)
 
 
 def test_what_a_malformed_file_raises_is_one_line_that_names_it() -> None:
@@ -721,18 +646,6 @@ def test_what_a_malformed_file_raises_is_one_line_that_names_it() -> None:
         raise KeyboardInterrupt
 
 
-def test_a_tied_head_saved_twice_and_old_buffers_are_accepted(tiny_checkpoint: Any) -> None:
-    folder, theirs = tiny_checkpoint("llama-gqa-tied")
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    save_file(weights, folder / "model.safetensors")
-    ours = Transformer.from_pretrained(folder)
-    with torch.no_grad():
-        ours_logits, logits = ours(random_tokens(1, 9)), theirs(random_tokens(1, 9)).logits
-    torch.testing.assert_close(ours_logits, logits, atol=1e-4, rtol=0)
-
-
 def test_initial_weights_are_a_function_of_the_seed_and_guess_evenly() -> None:
     config = Config.from_dict({**TINY, "model_type": "llama", "tie_word_embeddings": True})
     a, b, c = (Transformer(config) for _ in range(3))
@@ -746,13 +659,10 @@ def test_initial_weights_are_a_function_of_the_seed_and_guess_evenly() -> None:
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:
-    assert (
-        lm.hash_seed(1, "segment", 2)
-        == lm.hash_seed(1, "segment", 2)
-        != lm.hash_seed(1, "segment", 3)
-    )
-    assert lm.hash_seed(1, 23) != lm.hash_seed(12, 3) != lm.hash_seed("12", 3)
-    assert 0 <= lm.hash_seed("a") < 2**63
+    assert lm.hash_seed(1, "segment", 2) == 2054739034395909203
+    parts = [(1, "segment", 2), (1, "segment", 3), (1, 23), (12, 3), ("12", 3), ("a",)]
+    seeds = {lm.hash_seed(*some) for some in parts}
+    assert len(seeds) == len(parts) and all(0 <= seed < 2**63 for seed in seeds)
 
 
 # ------------------------------------------------------------------------- configs as found outside
@@ -761,75 +671,52 @@ GENERIC = {"bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "initiali
 GENERIC |= {"transformers_version": "4.40.0", "use_cache": True, "attention_dropout": 0.0}
 LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
 LLAMA31 |= {"original_max_position_embeddings": 8192}
+LLAMA = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA3 = LLAMA | {
+    "rope_scaling": None, "pretraining_tp": 1, "max_position_embeddings": 8192,
+    "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8,
+    "rope_theta": 500000.0, "attention_bias": False, "eos_token_id": [128001, 128008, 128009],
+}  # fmt: skip
+MISTRAL = LLAMA | {"model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8}
+MISTRAL |= {"rope_theta": 10000.0, "sliding_window": 4096, "max_position_embeddings": 32768}
+QWEN2 = {
+    "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 131072,
+    "use_sliding_window": False, "max_window_layers": 28, "tie_word_embeddings": False,
+}  # fmt: skip
 FOUND: dict[str, dict[str, Any]] = {  # config.json files of well-known checkpoints
-    "llama-2-7b": {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096, "pretraining_tp": 1, "rope_scaling": None,
-        "tie_word_embeddings": False, "torch_dtype": "float16", "_name_or_path": "x",
-        "pad_token_id": 0, "max_sequence_length": 2048,
+    "llama-2-7b": LLAMA | {
+        "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096, "pad_token_id": 0,
+        "torch_dtype": "float16", "_name_or_path": "x", "max_sequence_length": 2048,
+        "rope_scaling": None, "pretraining_tp": 1,
     },
-    "llama-3-8b": {
-        "model_type": "llama", "attention_bias": False, "vocab_size": 128256, "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-        "rope_scaling": None, "pretraining_tp": 1, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "max_position_embeddings": 8192, "eos_token_id": 128009,
+    "llama-3-8b": LLAMA3 | {"torch_dtype": "bfloat16", "eos_token_id": 128009},
+    "llama-3.1-8b": LLAMA3 | {"mlp_bias": False, "rope_scaling": LLAMA31},
+    "llama-3.2-1b": LLAMA3 | {
+        "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "rope_scaling": LLAMA31 | {"factor": 32.0}, "tie_word_embeddings": True,
     },
-    "llama-3.1-8b": {
-        "model_type": "llama", "attention_bias": False, "mlp_bias": False, "vocab_size": 128256,
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0, "rope_scaling": LLAMA31, "pretraining_tp": 1,
-        "tie_word_embeddings": False, "eos_token_id": [128001, 128008, 128009],
-    },
-    "llama-3.2-1b": {
-        "model_type": "llama", "head_dim": 64, "mlp_bias": False, "vocab_size": 128256,
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0, "rope_scaling": LLAMA31 | {"factor": 32.0},
-        "tie_word_embeddings": True,
-    },
-    "smollm2-1.7b": {
-        "model_type": "llama", "is_llama_config": True, "rope_interleaved": False,
+    "smollm2-1.7b": LLAMA | {
+        "is_llama_config": True, "rope_interleaved": False, "rope_theta": 130000,
         "transformers.js_config": {"dtype": "q4"}, "vocab_size": 49152, "hidden_size": 2048,
-        "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "rope_scaling": None,
-        "rope_theta": 130000, "tie_word_embeddings": True, "pad_token_id": 2,
+        "intermediate_size": 8192, "num_hidden_layers": 24, "tie_word_embeddings": True,
+        "rope_scaling": None, "pad_token_id": 2,
     },
-    "mistral-7b-v0.1": {
-        "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "sliding_window": 4096, "tie_word_embeddings": False, "max_position_embeddings": 32768,
+    "mistral-7b-v0.1": MISTRAL,
+    "mistral-7b-v0.3": MISTRAL | {
+        "vocab_size": 32768, "rope_theta": 1000000.0, "sliding_window": None, "head_dim": None,
     },
-    "mistral-7b-v0.3": {
-        "model_type": "mistral", "vocab_size": 32768, "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
-        "sliding_window": None, "tie_word_embeddings": False, "head_dim": None,
-    },
-    "zephyr-7b-sft-full": {
-        "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "sliding_window": 4096, "tie_word_embeddings": False, "pad_token_id": 2,
-        "max_position_embeddings": 32768, "_name_or_path": "mistralai/Mistral-7B-v0.1",
-    },
-    "qwen2-7b": {
-        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
-        "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-        "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28,
-        "tie_word_embeddings": False,
-    },
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
-        "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-        "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-        "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24,
-        "tie_word_embeddings": True, "use_mrope": False,
+    "zephyr-7b-sft-full": MISTRAL | {"pad_token_id": 2, "_name_or_path": "x"},
+    "qwen2-7b": QWEN2,
+    "qwen2.5-0.5b": QWEN2 | {
+        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "use_mrope": False,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "sliding_window": 32768, "max_window_layers": 24, "tie_word_embeddings": True,
     },
 }  # fmt: skip
 
@@ -854,81 +741,52 @@ def test_configs_of_known_checkpoints_are_read(name: str) -> None:
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 32}
-REFUSED: list[tuple[str, str, Any]] = [  # (family, key, value): the error names the key
-    ("llama", "model_type", "gpt2"),
-    ("llama", "model_type", None),
-    ("llama", "model_type", ["llama"]),
-    ("llama", "quantization_config", {"quant_method": "gptq", "bits": 4}),
-    ("llama", "hidden_act", "gelu"),
-    ("llama", "hidden_act", ["silu"]),
-    ("llama", "attn_logit_softcapping", 50.0),
-    ("llama", "final_logit_softcapping", 30.0),
-    ("llama", "partial_rotary_factor", 0.5),
-    ("llama", "rope_interleaved", True),
-    ("llama", "logit_scale", 0.06),
-    ("llama", "use_qk_norm", True),
-    ("llama", "num_local_experts", 8),
-    ("llama", "residual_multiplier", 0.22),
-    ("llama", "layer_types", ["sliding_attention"] * 3),
-    ("mistral", "layer_types", ["full_attention"] * 3),
-    ("mistral", "attention_bias", True),
-    ("mistral", "use_sliding_window", True),
-    ("qwen2", "layer_types", ["full_attention"] * 2),
-    ("qwen2", "layer_types", ["full_attention", "linear_attention", "full_attention"]),
-    ("qwen2", "layer_types", [[], {}, None]),
-    ("qwen2", "layer_types", "full_attention"),
-    ("qwen2", "layer_types", {"0": "full_attention"}),
-    ("qwen2", "max_window_layers", "2"),
-    ("qwen2", "max_window_layers", -1),
-    ("qwen2", "max_window_layers", None),
-    ("qwen2", "use_sliding_window", 1),
-    ("qwen2", "sliding_window", 0),
-    ("mistral", "sliding_window", "4096"),
-    ("mistral", "sliding_window", True),
-    ("mistral", "sliding_window", -5),
-    ("llama", "tie_word_embeddings", "false"),
-    ("llama", "tie_word_embeddings", None),
-    ("llama", "attention_bias", 1),
-    ("llama", "mlp_bias", "yes"),
-    ("llama", "rms_norm_eps", math.nan),
-    ("llama", "rms_norm_eps", 0),
-    ("llama", "rms_norm_eps", -1e-5),
-    ("llama", "rms_norm_eps", "1e-5"),
-    ("llama", "rms_norm_eps", None),
-    ("llama", "rms_norm_eps", True),
-    ("llama", "num_key_value_heads", 3),
-    ("llama", "num_key_value_heads", 8),
-    ("llama", "head_dim", 7),
-    ("llama", "head_dim", 2**21),
-    ("llama", "num_attention_heads:head_dim", 64),
-    ("llama", "num_hidden_layers", 10**6),
-    ("llama", "rope_theta", 0),
-    ("llama", "rope_theta", "10000"),
-    ("llama", "rope_theta", math.inf),
-    ("llama", "rope_theta", 10**40),
-    ("llama", "rope_theta", None),
-    ("llama", "rope_scaling", "linear"),
-    ("llama", "rope_scaling", [2.0]),
-    ("llama", "rope_type", "yarn"),
-    ("llama", "rope_scaling:rope_type", {"rope_type": "yarn", "factor": 4.0}),
-    ("llama", "rope_scaling:rope_type", {"type": "dynamic", "factor": 4.0}),
-    ("llama", "rope_scaling:rope_type", {"rope_type": ["linear"], "factor": 4.0}),
-    ("llama", "rope_scaling:factor", {"rope_type": "linear"}),
-    ("llama", "rope_scaling:factor", {"rope_type": "linear", "factor": 0}),
-    ("llama", "rope_scaling:factor", {"rope_type": "linear", "factor": "2"}),
-    ("llama", "rope_scaling:factor", ROPE | {"factor": True}),
-    ("llama", "rope_scaling:low_freq_factor", ROPE | {"low_freq_factor": 4.0}),
-    ("llama", "rope_scaling:high_freq_factor", ROPE | {"high_freq_factor": None}),
-    ("llama", "rope_scaling:attention_factor", ROPE | {"attention_factor": 1.5}),
-    ("llama", "rope_parameters:partial_rotary_factor", {"partial_rotary_factor": 0.25}),
-    ("llama", "rope_parameters:full_attention", {"full_attention": {"rope_type": "default"}}),
-]
+SCALED = {"rope_type": "linear", "factor": 4.0}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-REFUSED += [
-    ("llama", key, value)
-    for key in (*SIZES, "num_attention_heads")
-    for value in (None, "8", True, 0, -4, 2.0, 10**12, [8])
+UNKNOWN = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "logit_scale": 0.06}
+UNKNOWN |= {"partial_rotary_factor": 0.5, "rope_interleaved": True, "use_qk_norm": True}
+UNKNOWN |= {"num_local_experts": 8, "residual_multiplier": 0.22}
+WRONG: list[tuple[str, str, list[Any]]] = [  # (family, key, its values): the error names the key
+    *(("llama", key, [None, "8", True, 0, -4, 2.0, 10**12, [8]]) for key in SIZES),
+    ("llama", "num_attention_heads", [None, "8", True, 0, -4, 2.0, 10**12, [8]]),
+    ("llama", "model_type", ["gpt2", None, ["llama"]]),
+    ("llama", "quantization_config", [{"quant_method": "gptq", "bits": 4}]),
+    ("llama", "hidden_act", ["gelu", ["silu"]]),
+    *(("llama", key, [value]) for key, value in UNKNOWN.items()),
+    ("llama", "layer_types", [["sliding_attention"] * 3]),
+    ("mistral", "layer_types", [["full_attention"] * 3]),
+    ("mistral", "attention_bias", [True]),
+    ("mistral", "use_sliding_window", [True]),
+    ("mistral", "sliding_window", ["4096", True, -5]),
+    ("qwen2", "layer_types", [["full_attention"] * 2, [[], {}, None], "full_attention"]),
+    ("qwen2", "layer_types", [["full_attention", "linear_attention", "full_attention"]]),
+    ("qwen2", "layer_types", [{"0": "full_attention"}]),
+    ("qwen2", "max_window_layers", ["2", -1, None]),
+    ("qwen2", "use_sliding_window", [1]),
+    ("qwen2", "sliding_window", [0]),
+    ("llama", "tie_word_embeddings", ["false", None]),
+    ("llama", "attention_bias", [1]),
+    ("llama", "mlp_bias", ["yes"]),
+    ("llama", "rms_norm_eps", [math.nan, 0, -1e-5, "1e-5", None, True]),
+    ("llama", "num_key_value_heads", [3, 8]),
+    ("llama", "head_dim", [7, 2**21]),
+    ("llama", "num_attention_heads:head_dim", [64]),
+    ("llama", "num_hidden_layers", [10**6]),
+    ("llama", "rope_theta", [0, "10000", math.inf, 10**40, None]),
+    ("llama", "rope_scaling", ["linear", [2.0]]),
+    ("llama", "rope_type", ["yarn"]),
+    ("llama", "rope_scaling:rope_type", [SCALED | {"rope_type": "yarn"}]),
+    ("llama", "rope_scaling:rope_type", [{"type": "dynamic", "factor": 4.0}]),
+    ("llama", "rope_scaling:rope_type", [SCALED | {"rope_type": ["linear"]}]),
+    ("llama", "rope_scaling:factor", [{"rope_type": "linear"}, ROPE | {"factor": True}]),
+    ("llama", "rope_scaling:factor", [SCALED | {"factor": 0}, SCALED | {"factor": "2"}]),
+    ("llama", "rope_scaling:low_freq_factor", [ROPE | {"low_freq_factor": 4.0}]),
+    ("llama", "rope_scaling:high_freq_factor", [ROPE | {"high_freq_factor": None}]),
+    ("llama", "rope_scaling:attention_factor", [ROPE | {"attention_factor": 1.5}]),
+    ("llama", "rope_parameters:partial_rotary_factor", [{"partial_rotary_factor": 0.25}]),
+    ("llama", "rope_parameters:full_attention", [{"full_attention": {"rope_type": "default"}}]),
 ]
+REFUSED = [(family, key, value) for family, key, values in WRONG for value in values]
 
 
 @pytest.mark.parametrize("family, key, value", REFUSED)
@@ -954,12 +812,9 @@ def test_two_rope_objects_must_agree() -> None:
 
 def test_a_key_that_transformers_ignores_is_ignored() -> None:
     """Mistral has no use_sliding_window: false there does not switch its window off."""
-    raw = {**TINY, "model_type": "mistral", "sliding_window": 9, "use_sliding_window": False}
-    assert Config.from_dict(raw).windows == (9, 9, 9)
-    assert (
-        Config.from_dict({**TINY, "model_type": "llama", "sliding_window": 9}).windows
-        == (None,) * 3
-    )
+    raw = {**TINY, "sliding_window": 9, "use_sliding_window": False}
+    assert Config.from_dict(raw | {"model_type": "mistral"}).windows == (9, 9, 9)
+    assert Config.from_dict(raw | {"model_type": "llama"}).windows == (None,) * 3
 
 
 # ---------------------------------------------------------------------------------- broken folders
@@ -973,23 +828,14 @@ def refuses(folder: Path, *words: str) -> None:
     assert all(word in message for word in (str(folder), *words)), message
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "null", "3", '{"model_type": "llama"', "\x00\x01", "[" * 100_000, "9" * 5000],
-)
-def test_config_that_is_no_json_object(text: str, tiny_checkpoint: Any) -> None:
-    folder, _ = tiny_checkpoint("llama")
-    (folder / "config.json").write_text(text)
-    refuses(folder, "config.json")
+NO_OBJECT = [b"", b"{", b"[]", b"null", b"3", b'{"model_type": "llama"', b"\x00\x01"]
+NO_OBJECT += [b"\xff\xfe\x80", b"[" * 100_000, b"9" * 5000]
 
 
-def test_config_that_is_missing_binary_or_a_folder(tiny_checkpoint: Any) -> None:
+@pytest.mark.parametrize("content", NO_OBJECT)
+def test_config_that_is_no_json_object(content: bytes, tiny_checkpoint: Any) -> None:
     folder, _ = tiny_checkpoint("llama")
-    (folder / "config.json").write_bytes(b"\xff\xfe\x80")
-    refuses(folder, "config.json")
-    (folder / "config.json").unlink()
-    refuses(folder, "config.json", "missing")
-    (folder / "config.json").mkdir()
+    (folder / "config.json").write_bytes(content)
     refuses(folder, "config.json")
 
 
@@ -1026,8 +872,15 @@ def test_tensors_that_do_not_fit(changes: Any, words: list[str], tiny_checkpoint
     refuses(folder, *words)
 
 
-def test_a_tied_checkpoint_with_another_head(tiny_checkpoint: Any) -> None:
-    folder, _ = tiny_checkpoint("llama-gqa-tied")
+def test_a_tied_head_saved_twice_is_accepted_and_old_buffers_but_no_other_head(
+    tiny_checkpoint: Any,
+) -> None:
+    folder, theirs = tiny_checkpoint("llama-gqa-tied")
+    head, old = theirs.lm_head.weight.detach().clone(), "model__layers__0__self_attn__rotary_emb"
+    edit(folder, lm_head__weight=head, **{f"{old}__inv_freq": torch.ones(4)})
+    with torch.no_grad():
+        logits = Transformer.from_pretrained(folder)(random_tokens(1, 9))
+        torch.testing.assert_close(logits, theirs(random_tokens(1, 9)).logits, atol=1e-4, rtol=0)
     edit(folder, lm_head__weight=torch.ones(97, 32))
     refuses(folder, "lm_head.weight", "tie_word_embeddings")
 
@@ -1058,41 +911,23 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         header(b'{"a\xff": 3}'),
         header(b"[" * 50_000),
         header({"a": ONE}) + bytes(9),
+        *(0.1, 0.5, 0.9999),  # the share that is there of a sound file
     ],
 )
-def test_files_that_are_no_safetensors(content: bytes, tiny_checkpoint: Any) -> None:
-    folder, _ = tiny_checkpoint("llama")
-    (folder / "model.safetensors").write_bytes(content)
-    refuses(folder, "model.safetensors")
+def test_files_that_are_no_safetensors(content: bytes | float, tiny_checkpoint: Any) -> None:
+    file = tiny_checkpoint("llama")[0] / "model.safetensors"
+    if isinstance(content, float):
+        content = file.read_bytes()[: int(content * file.stat().st_size)]
+    file.write_bytes(content)
+    refuses(file.parent, file.name)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9999])
-def test_a_truncated_file(share: float, tiny_checkpoint: Any) -> None:
-    folder, _ = tiny_checkpoint("llama")
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: int(share * len(content))])
-    refuses(folder, "model.safetensors")
+NO_SHARDS = [3, "", "..", "absent.safetensors", "../outside.safetensors", "/outside.safetensors"]
+NO_SHARDS += ["nul\x00.safetensors", "\ud800.safetensors", "config.json"]
+NO_MAPS = [None, {}, ["model-1.safetensors"], *({"model.norm.weight": name} for name in NO_SHARDS)]
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
-        {},
-        {"weight_map": None},
-        {"weight_map": {}},
-        {"weight_map": ["model-1.safetensors"]},
-        {"weight_map": {"model.norm.weight": 3}},
-        {"weight_map": {"model.norm.weight": ""}},
-        {"weight_map": {"model.norm.weight": ".."}},
-        {"weight_map": {"model.norm.weight": "absent.safetensors"}},
-        {"weight_map": {"model.norm.weight": "../outside.safetensors"}},
-        {"weight_map": {"model.norm.weight": "/outside.safetensors"}},
-        {"weight_map": {"model.norm.weight": "nul\x00.safetensors"}},
-        {"weight_map": {"model.norm.weight": "\ud800.safetensors"}},
-        {"weight_map": {"model.norm.weight": "config.json"}},
-        [1],
-    ],
-)
+@pytest.mark.parametrize("index", [{}, [1], *({"weight_map": value} for value in NO_MAPS)])
 def test_an_index_that_names_no_shards_beside_it(index: Any, tiny_checkpoint: Any) -> None:
     folder, _ = tiny_checkpoint("llama")
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
@@ -1117,7 +952,7 @@ def test_shards_that_overlap_or_lack_a_tensor(tiny_checkpoint: Any) -> None:
     refuses(folder, "missing")
 
 
-def test_folders_without_weights(tiny_checkpoint: Any) -> None:
+def test_folders_without_weights_or_config(tiny_checkpoint: Any) -> None:
     folder, _ = tiny_checkpoint("llama")
     (folder / "model.safetensors").unlink()
     refuses(folder, "no model.safetensors")
@@ -1125,6 +960,10 @@ def test_folders_without_weights(tiny_checkpoint: Any) -> None:
     refuses(folder, "no model.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")  # a pickle is never read
     refuses(folder, "no model.safetensors")
+    (folder / "config.json").unlink()
+    refuses(folder, "config.json is missing")
+    (folder / "config.json").mkdir()
+    refuses(folder, "config.json")
     refuses(folder / "absent", "config.json is missing")
 
 

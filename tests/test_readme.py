@@ -13,13 +13,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import GOLDEN, ROOT
+from helpers import BENCH, GOLDEN, ROOT
 from safetensors.numpy import load_file
 from torch.distributed.run import get_args_parser
 
@@ -27,16 +28,13 @@ import sample
 import train
 
 README = (ROOT / "README.md").read_text()
-PAGES = {
-    path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "tests/bench").glob("*.md"))
-}
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *BENCH.glob("*.md"))}
+EVENING = README.split("## Read it in an evening")[1].split("\n## ")[0]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [block for text in PAGES.values() for block in FENCED.findall(text)]
 BARE = {path: FENCED.sub("", text) for path, text in PAGES.items()}
 PROSE = "\n".join(BARE.values())
-SPANS = [
-    " ".join(span.split()) for text in BARE.values() for span in re.findall(r"`([^`]+)`", text)
-]
+SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)]
 OURS = ("python ", "torchrun ", "tests/bench/")
 MODULES = ("train", "sample", "sapo", "sgpo", "model", "data")
 
@@ -49,53 +47,37 @@ def commands() -> list[list[str]]:
     lines = "\n".join(shown).replace("\\\n", " ").replace("&&", "\n").splitlines()
     found = []
     for line in lines:
-        if line.strip().startswith((*OURS, "lm_eval ", "pip ")):
+        line = re.sub("^tests/", "python tests/", line.strip())
+        if line.startswith((*OURS, "lm_eval ", "pip ")):
             words = [word for word in shlex.split(line, comments=True) if word != "..."]
             found.append(["1" if word in ("N", "S") else word for word in words])
     return found
 
 
-def named(*start: str) -> list[Any]:
-    """The commands that begin so."""
-    these = [words for words in commands() if tuple(words[: len(start)]) == start]
-    return [pytest.param(words, id=" ".join(words)) for words in these]
+def named(*starts: str) -> list[Any]:
+    """The commands that begin so, and of each kind there are three at least."""
+    these = [[words for words in commands() if " ".join(words).startswith(s)] for s in starts]
+    assert all(len(found) >= 3 for found in these)
+    return [pytest.param(words, id=" ".join(words)) for words in itertools.chain(*these)]
 
 
-def parse(program: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
-    """What a program of ours makes of these flags: no error, and none that it does not read."""
+@pytest.mark.parametrize("words", named("python train.py", "python sample.py", "torchrun"))
+def test_commands_of_train_and_sample_parse(words: list[str], capsys: Any) -> None:
+    """With no error, and no flag that is not read."""
+    program, flags = words[1], words[2:]
+    if words[0] == "torchrun":
+        launch = get_args_parser().parse_args(words[1:])
+        program, flags = launch.training_script, launch.training_script_args
     parse_args = {"train.py": train.parse_args, "sample.py": sample.parse_args}[program]
     if flags == ["--help"]:
         with pytest.raises(SystemExit, match="0"):
             parse_args(flags)
-        return None
-    parsed = parse_args(flags)
-    assert "warning" not in "".join(capsys.readouterr())
-    return parsed
+    else:
+        parse_args(flags)
+        assert "warning" not in "".join(capsys.readouterr())
 
 
-def test_the_commands_were_found() -> None:
-    counts = [len(named("python", "train.py")), len(named("torchrun")), len(named("lm_eval"))]
-    counts.append(len(named("python", "sample.py")))
-    assert all(count >= 3 for count in counts)
-
-
-@pytest.mark.parametrize("words", [*named("python", "train.py"), *named("python", "sample.py")])
-def test_commands_of_train_and_sample_parse(words: list[str], capsys: Any) -> None:
-    parse(words[1], words[2:], capsys)
-
-
-@pytest.mark.parametrize("words", named("torchrun"))
-def test_commands_of_torchrun_parse(words: list[str], capsys: Any) -> None:
-    launch = get_args_parser().parse_args(words[1:])
-    assert launch.training_script == "train.py"
-    parse("train.py", launch.training_script_args, capsys)
-
-
-SCRIPTS = [words for words in commands() if words[0] == "python" and "/" in words[1]]
-SCRIPTS += [["python", *words] for words in commands() if words[0].startswith("tests/bench")]
-
-
-@pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)) for words in SCRIPTS])
+@pytest.mark.parametrize("words", named("python tests/"))
 def test_commands_of_scripts_name_files_and_flags_that_they_have(words: list[str]) -> None:
     code = (ROOT / words[1]).read_text()
     if "import clock" in code:  # what the timing scripts have in common
@@ -109,7 +91,7 @@ def test_commands_of_scripts_name_files_and_flags_that_they_have(words: list[str
         assert known or name in ours or re.search(rf"^    {name}: ", code, re.MULTILINE)
 
 
-@pytest.mark.parametrize("words", [*named("lm_eval"), *named("pip")])
+@pytest.mark.parametrize("words", named("lm_eval", "pip"))
 def test_what_other_programs_are_given_exists(words: list[str]) -> None:
     for flag, value in itertools.pairwise(words):
         if flag == "-r":
@@ -133,9 +115,7 @@ def test_links_lead_somewhere() -> None:
     anchors = {}
     for page, text in BARE.items():
         titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        anchors[page] = {
-            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles
-        }
+        anchors[page] = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
     links = [(page, link) for page in BARE for link in re.findall(r"\]\(([^)]+)\)", BARE[page])]
     links = [(page, link) for page, link in links if "://" not in link]
     assert len(links) > 50
@@ -163,22 +143,19 @@ def span(file: str, first: str, last: str) -> int:
     """Lines of a file, from its top or from `first`, to the end of `last`."""
     body = ast.parse((ROOT / file).read_text()).body
     found = {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    start = (
-        min([found[first].lineno, *(d.lineno for d in found[first].decorator_list)]) if first else 1
-    )
-    return found[last].end_lineno - start + 1
+    top = [found[first], *found[first].decorator_list] if first else body[:1]
+    return found[last].end_lineno - min(node.lineno for node in top) + 1
 
 
 def test_the_reading_path_has_the_lines_that_the_readme_says() -> None:
     """Where it has not, the message is what the README ought to say."""
-    section = README.split("## Read it in an evening")[1].split("\n## ")[0]
     row = r"^(\| \[`(\w+\.py)`\]\(\2\)(?: from `(\w+)`)? to `(\w+)` \|) (\d+) \|"
-    path = re.findall(row, section, re.MULTILINE)
+    path = re.findall(row, EVENING, re.MULTILINE)
     assert {file for _, file, *_ in path} == {"sapo.py", "sgpo.py", "train.py", "model.py"}
     counts = [span(file, first, last) for _, file, first, last, _ in path]
     right = [f"{start} {count} |" for (start, *_), count in zip(path, counts, strict=True)]
     right.append(f"| in all | {sum(counts)} |")
-    assert all(line in section for line in right), "\n" + "\n".join(right)
+    assert all(line in EVENING for line in right), "\n" + "\n".join(right)
     assert sum(counts) <= 1900
 
 
@@ -199,17 +176,15 @@ def test_the_lines_beside_the_equations_stand_in_the_code_that_is_linked() -> No
 
 
 def test_the_list_of_files_is_whole() -> None:
-    section = README.split("## Read it in an evening")[1].split("\n## ")[0]
-    listed = set(re.findall(r"\[`([\w./]+)`\]\(", section))
+    listed = set(re.findall(r"\[`([\w./]+)`\]\(", EVENING))
     assert all((ROOT / name).exists() for name in listed)
+    there = {path for path in ROOT.iterdir() if path.is_file() and path.name[0] != "."}
     kinds = (".py", ".txt", ".md", "")
-    there = {path.name for path in ROOT.iterdir() if path.is_file() and path.name[0] != "."}
-    there = {name for name in there if Path(name).suffix in kinds}
-    assert there - listed == {"README.md"}
+    assert {path.name for path in there if path.suffix in kinds} - listed == {"README.md"}
     assert {f"{name}.py" for name in MODULES} < listed
 
 
-def change(which: str, folder: Path, *flags: str) -> tuple[dict[str, np.ndarray], list[float]]:
+def change(which: str, folder: Path, flags: str) -> tuple[dict[str, np.ndarray], list[float]]:
     """Applies the README's diff that adds `which` to a copy of the sources, trains two steps with
     it on the golden start: the trace, and the losses in metrics.jsonl."""
     (diff,) = (text for language, text in BLOCKS if language == "diff" and which in text)
@@ -221,37 +196,37 @@ def change(which: str, folder: Path, *flags: str) -> tuple[dict[str, np.ndarray]
     done = subprocess.run(["git", "apply", "-"], input=diff, **told)
     assert done.returncode == 0, done.stderr
     usual = f"--model {GOLDEN}/start --data {GOLDEN}/rows.jsonl --steps 2 --batch-size 6"
-    usual += " --max-length 64 --lr 2e-4 --warmup 0 --log-every 1 --out run --trace trace.st"
-    done = subprocess.run([sys.executable, "train.py", *usual.split(), *flags], **told)
+    usual += (
+        " --beta 0.1 --max-length 64 --lr 2e-4 --warmup 0 --log-every 1 --out run --trace trace.st"
+    )
+    done = subprocess.run([sys.executable, "train.py", *usual.split(), *flags.split()], **told)
     assert done.returncode == 0, done.stderr
     rows = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return load_file(folder / "trace.st"), [json.loads(row)["loss"] for row in rows]
 
 
-def log_ratios(trace: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Of policy to reference: of the chosen and of the rejected sides, (N,) each."""
+def check(trace: dict[str, np.ndarray], losses: list[float], loss: Callable[..., Any]) -> None:
+    """`loss` is that of the log-ratios of policy to reference, chosen and rejected."""
     sides = ("chosen", "rejected")
     a, b = (trace[f"pair/logps/{side}"] - trace[f"pair/ref_logps/{side}"] for side in sides)
-    return a, b
-
-
-def test_the_readmes_loss_is_sppos(tmp_path: Path) -> None:
-    """At the start both log-ratios are 0, and with beta = 0.1 the loss 2 (1 / 0.2)^2 = 50."""
-    flags = ("--method", "dpo", "--loss", "sppo", "--beta", "0.1")
-    trace, losses = change("sppo", tmp_path, *flags)
-    assert losses[0] == pytest.approx(50, abs=1e-3)
-    a, b = log_ratios(trace)
-    expected = (a - 5) ** 2 + (b + 5) ** 2
-    assert len(expected) == 12
-    assert expected.std() > 0.1
+    expected = loss(a, b)
+    assert len(expected) == 12 and expected[6:].std() > 0
     np.testing.assert_allclose(trace["pair/losses"], expected, rtol=1e-4)
     assert losses[1] == pytest.approx(expected[6:].mean(), rel=1e-4)
 
 
+def test_the_readmes_loss_is_sppos(tmp_path: Path) -> None:
+    """At the start both log-ratios are 0, and with beta = 0.1 the loss 2 (1 / 0.2)^2 = 50."""
+    trace, losses = change("sppo", tmp_path, "--method dpo --loss sppo")
+    assert losses[0] == pytest.approx(50, abs=1e-3)
+    check(trace, losses, lambda a, b: (a - 5) ** 2 + (b + 5) ** 2)
+    assert trace["pair/losses"].std() > 0.1
+
+
 def test_the_readmes_source_takes_other_rows_responses(tmp_path: Path) -> None:
     """DPO's loss is ln 2 at the start, and then -log sigmoid(0.1 (a - b))."""
-    flags = ("--method", "random", "--beta", "0.1", "--eval-data", f"{GOLDEN}/rows.jsonl")
-    trace, losses = change("class Random", tmp_path, *flags)
+    flags = f"--method random --eval-data {GOLDEN}/rows.jsonl"
+    trace, losses = change("class Random", tmp_path, flags)
     ends = np.cumsum(trace["pair/lengths"])
     sides = [side.tolist() for side in np.split(trace["pair/tokens"], ends[:-1])]
     chosen, rejected = sides[1::3], sides[2::3]
@@ -259,9 +234,6 @@ def test_the_readmes_source_takes_other_rows_responses(tmp_path: Path) -> None:
         batch = chosen[step : step + 6]
         assert rejected[step : step + 6] == [batch[-1], *batch[:-1]]
     assert all(good != bad for good, bad in zip(chosen, rejected, strict=True))
-    a, b = log_ratios(trace)
-    expected = np.log1p(np.exp(-0.1 * (a - b)))
-    np.testing.assert_allclose(trace["pair/losses"], expected, rtol=1e-4)
+    check(trace, losses, lambda a, b: np.log1p(np.exp(-0.1 * (a - b))))
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert losses[1] == pytest.approx(expected[6:].mean(), rel=1e-4)
     assert losses[1] < losses[0]

@@ -45,7 +45,7 @@ def parse(*argv: str) -> dict[str, Any]:
     return sample.parse_flags(sample.Parser(prog="x", allow_abbrev=False), Flags, argv)
 
 
-def test_flags_are_the_fields_of_a_dataclass(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_are_the_fields_of_a_dataclass(capsys: Any) -> None:
     assert parse() == {}
     told = parse("--rate", "0", "1", "--count", "7", "--kind", "b", "--no-quick", "--name", "n")
     assert told == {"rate": [0.0, 1.0], "count": 7, "kind": "b", "quick": False, "name": "n"}

@@ -8,13 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
 from fakes import Run
 from helpers import GOLDEN, alike, cut, metrics, same, torchrun, weights
-from safetensors.torch import load_file
 
 import data
 import sample
@@ -29,19 +27,23 @@ from sgpo import (
     improver_prompt,
     improver_rows,
     perplexity_fence,
-    target_prompt,
 )
 
 SHORT = data.REWRITE_PROMPT.replace("{draft}", "{answer}")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> data.Tokenizer:
-    return data.load_tokenizer(GOLDEN / "start")
+tokenizer = data.load_tokenizer(GOLDEN / "start")
 
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def write(file: Path, rows: list[Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------- the prompts
@@ -54,38 +56,25 @@ def test_the_improvers_prompt_holds_request_and_answer_and_keeps_earlier_turns()
     assert "Why {answer}?" in asked[2]["content"]
     assert "Because {prompt}." in asked[2]["content"]
     assert improver_prompt([user("sort ba")], "ab", SHORT) == [user("sort ba | ab")]
+    assert fill("{a}{b}{c}{a}", a="{b}", b="x") == "{b}x{c}{b}"  # once each, and nothing else
 
 
 def test_the_stronger_models_prompt_holds_the_gold_too() -> None:
-    (asked,) = target_prompt([user("Q1")], "G2", "A3")
+    (asked,) = improver_prompt([user("Q1")], "A3", TARGET, "G2")
     assert all(part in asked["content"] for part in ("Q1", "G2", "A3"))
     assert all("{" + name + "}" in TARGET for name in ("prompt", "gold", "answer"))
     assert all("{" + name + "}" in IMPROVER for name in ("prompt", "answer"))
 
 
-def test_filling_in_replaces_each_name_once_and_leaves_other_braces() -> None:
-    assert fill("{a}{b}{c}{a}", a="{b}", b="x") == "{b}x{c}{b}"
-
-
 # ----------------------------------------------------------------------------------- phase 1's rows
 
 
-def learner(tokenizer: data.Tokenizer, **flags: Any) -> Run:
+def learner(**flags: Any) -> Run:
     """A run that scores rows in phase 1."""
     return Run(lambda _: [], tokenizer, improver_instruction=SHORT, **flags)
 
 
-def test_labels_cover_the_target_and_nothing_else(tokenizer: data.Tokenizer) -> None:
-    targets = [Target([user("sort ba")], "b-a > ba", "b-a > ab")]
-    (row,), _ = improver_rows(targets, [], learner(tokenizer))
-    assert tokenizer.decode(row.prompt) == "<|user|>sort ba | b-a > ba<|assistant|>"
-    assert tokenizer.decode(row.chosen) == "b-a > ab<|end|>"
-    assert row.rejected == []
-
-
-def test_the_loss_of_a_row_is_that_of_transformers_with_the_prompt_masked(
-    tokenizer: data.Tokenizer,
-) -> None:
+def test_the_loss_of_a_row_is_that_of_transformers_with_the_prompt_masked() -> None:
     targets = [Target([user("sort ba")], "b-a > ba", "b-a > ab"),
                Target([user("add 12 13")], "?", "2+3=5-1+1=2 > 25")]  # fmt: skip
     c = train.parse_args(["--method", "sft", "--model", str(GOLDEN / "start"), "--data", "x"])
@@ -106,49 +95,44 @@ def test_the_loss_of_a_row_is_that_of_transformers_with_the_prompt_masked(
         assert torch.allclose(parameter.grad, named[name].grad, atol=1e-5), name
 
 
-@pytest.mark.parametrize(
-    ("given", "context"),
-    [
-        ("improver", "<|user|>sort ba | x<|assistant|>"),
-        ("prompt", "<|user|>sort ba<|assistant|>"),
-        ("nothing", "<|end|>"),
-    ],
-)
-def test_perplexity_is_conditioned_on_what_the_flag_says(
-    given: Any, context: str, tokenizer: data.Tokenizer
-) -> None:
-    run, scored = learner(tokenizer, fence_given=given), list[Pair]()
+CONTEXTS = {
+    "improver": "<|user|>sort ba | x<|assistant|>",
+    "prompt": "<|user|>sort ba<|assistant|>",
+    "nothing": "<|end|>",
+}
+
+
+@pytest.mark.parametrize("given", CONTEXTS)
+def test_a_row_teaches_its_target_whose_perplexity_is_given_what_the_flag_says(given: Any) -> None:
+    run, scored = learner(fence_given=given), list[Pair]()
     run.logps = lambda rows: [scored.append(row) or -1.0 for row in rows]
-    rows, report = improver_rows([Target([user("sort ba")], "x", "ab")], [], run)
-    assert tokenizer.decode(scored[0].prompt) == context
-    assert scored[0].chosen == rows[0].chosen
+    (row,), report = improver_rows([Target([user("sort ba")], "x", "ab")], [], run)
+    assert tokenizer.decode(row.prompt) == CONTEXTS["improver"]
+    assert (tokenizer.decode(row.chosen), row.rejected) == ("ab<|end|>", [])
+    assert tokenizer.decode(scored[0].prompt) == CONTEXTS[given]
+    assert scored[0].chosen == row.chosen
     assert report["perplexities"] == [math.exp(1 / 3)]  # of "ab" and its EOS
 
 
-def test_targets_that_do_not_fit_are_left_out(tokenizer: data.Tokenizer) -> None:
+def test_targets_that_do_not_fit_are_left_out() -> None:
     targets = [Target([user("sort ba")], "x", "ab" * n) for n in (1, 20)]
-    rows, report = improver_rows(targets, [], learner(tokenizer, max_length=30))
+    rows, report = improver_rows(targets, [], learner(max_length=30))
     assert (len(rows), report["too_long"]) == (1, 1)
     with pytest.raises(data.InputError, match="--max-length 12"):
-        improver_rows(targets, [], learner(tokenizer, max_length=12))
+        improver_rows(targets, [], learner(max_length=12))
 
 
-def test_the_fence_is_numpys_quartiles_and_tukeys_rule() -> None:
+def test_the_fence_is_tukeys_on_interpolated_quartiles() -> None:
     # sorted 1 2 3 4 10: Q1 = 2, Q3 = 4, fence 4 + 1.5 * 2
     assert perplexity_fence([3, 10, 1, 4, 2]) == 7
     assert perplexity_fence([3, 10, 1, 4, 2], k=0.5) == 5
     # 1 2 3 4: Q1 = 1.75, Q3 = 3.25
     assert perplexity_fence([4, 3, 2, 1], k=1.0) == pytest.approx(4.75)
-    values = np.random.default_rng(0).lognormal(size=999).tolist()
-    low, high = np.quantile(values, [0.25, 0.75])
-    assert perplexity_fence(values) == pytest.approx(high + 1.5 * (high - low))
 
 
-def test_targets_beyond_the_fence_fall_and_the_report_counts_them(
-    tokenizer: data.Tokenizer,
-) -> None:
+def test_targets_beyond_the_fence_fall_and_the_report_counts_them() -> None:
     targets, values = [Target([user("say")], "x", word) for word in "abcde"], [3, 10, 1, 4, 2]
-    run = learner(tokenizer, fence_k=1.5)
+    run = learner(fence_k=1.5)
     run.logps = lambda rows: [-2 * math.log(value) for value in values]  # a letter and its EOS
     rows, report = improver_rows(targets, [], run)
     assert [tokenizer.decode(row.chosen)[0] for row in rows] == ["a", "c", "d", "e"]
@@ -161,13 +145,13 @@ def test_targets_beyond_the_fence_fall_and_the_report_counts_them(
     assert (len(rows), report["dropped"], report["fence"]) == (5, 0, None)
 
 
-def test_the_mix_has_the_share_of_plain_rows_that_was_asked_for(tokenizer: data.Tokenizer) -> None:
+def test_the_mix_has_the_share_of_plain_rows_that_was_asked_for() -> None:
     targets = [Target([user("say")], "x", "ab")] * 30
     example = Example((user("x"),), "y", None, "here")
     asks = [(example, Pair([2], [i], [])) for i in range(100, 107)]
     asks.append((example, Pair([2], [], [])))  # has no gold
     for share in (0.0, 0.25, 0.5, 0.9):
-        run = learner(tokenizer, improver_mix=share)
+        run = learner(improver_mix=share)
         mixed = improver_rows(targets, asks, run)[0]
         plain = mixed[30:]
         assert mixed[:30] == improver_rows(targets, asks[-1:], run)[0]
@@ -198,30 +182,32 @@ def test_mending_leaves_right_answers_and_brings_wrong_ones_nearer() -> None:
 # ---------------------------------------------------------------------------------- phase 2's pairs
 
 
-def source(tokenizer: data.Tokenizer, words: list[str], **flags: Any) -> SGPO:
-    """Answers are the prompt's word, improvements the answer in capitals; rounds of three steps."""
+ODD = {"xy": "", "GH": "G", "IJ": "IJ!!!"}
+
+
+def source(words: list[str], **flags: Any) -> SGPO:
+    """Answers are the prompt's word, improvements the answer in capitals, but for ODD ones; rounds
+    of three steps."""
 
     def say(prompt: list[int]) -> list[int]:
-        text = read(prompt)
+        text = asked(prompt)
         new = text.split(" | ")[1].upper() if " | " in text else text.split()[1]
-        return [*tokenizer.encode(new), 256]
+        return [*tokenizer.encode(ODD.get(new, new)), 256]
 
     def ask(word: str) -> Ask:
         turns = (user(f"say {word}"),)
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
         return Example(turns, word, None, "here"), Pair(prompt, [7], [])
 
-    read = lambda prompt: tokenizer.decode(prompt)[len("<|user|>") : -len("<|assistant|>")]  # noqa: E731
+    asked = lambda prompt: tokenizer.decode(prompt)[len("<|user|>") : -len("<|assistant|>")]  # noqa: E731
     usual = {"steps": 3, "rounds": 3, "improver_instruction": SHORT}
     sgpo = SGPO([ask(word) for word in words], Run(say, tokenizer, **usual | flags))
-    sgpo.asked = lambda: [read(prompt) for prompt in sgpo.run.prompts]
+    sgpo.asked = lambda: [asked(prompt) for prompt in sgpo.run.prompts]
     return sgpo
 
 
-def test_chosen_is_the_improvement_of_the_rejected_answer_behind_the_prompt_alone(
-    tokenizer: data.Tokenizer,
-) -> None:
-    sgpo = source(tokenizer, ["ab", "cd"])
+def test_chosen_is_the_improvement_of_the_rejected_answer_behind_the_prompt_alone() -> None:
+    sgpo = source(["ab", "cd"])
     for pair in sgpo.before_step(0):
         text = tokenizer.decode(pair.rejected)
         assert tokenizer.decode(pair.prompt) == f"<|user|>say {text[:2]}<|assistant|>"
@@ -232,17 +218,15 @@ def test_chosen_is_the_improvement_of_the_rejected_answer_behind_the_prompt_alon
     assert sorted(row["chosen"] for row in sgpo.made) == ["AB", "CD"]
 
 
-def test_each_round_generates_once_and_for_as_many_prompts_as_its_steps_need(
-    tokenizer: data.Tokenizer,
-) -> None:
-    sgpo = source(tokenizer, [f"{a}{b}" for a in "abc" for b in "defgh"])
+def test_each_round_generates_once_and_for_as_many_prompts_as_its_steps_need() -> None:
+    sgpo = source([f"{a}{b}" for a in "abc" for b in "defgh"])
     old = list[Pair]()
     for t in range(6):
         assert len(sgpo.before_step(t)) == 2
         assert bool(sgpo.fresh) == bool(sgpo.made) == (t in (0, 3))
         assert sgpo.metrics["sgpo/round"] == t // 3
         assert sgpo.gone == (old if t == 3 else [])  # the round before, which cannot come again
-        old = sgpo.pairs
+        old = [*sgpo.pool.values()]
     assert len(sgpo.asked()) == 4 * 6  # three steps of two
     assert len(set(sgpo.run.seeds)) == 4 * 6
     assert set(sgpo.asked()[:6]) != set(sgpo.asked()[12:18])  # an order of its own
@@ -254,64 +238,47 @@ def dropped(sgpo: SGPO) -> dict[str, float]:
     return {key: value for key, value in found.items() if value}
 
 
-def test_identical_empty_and_too_long_ones_are_dropped_and_counted(
-    tokenizer: data.Tokenizer,
+@pytest.mark.parametrize(
+    ("words", "flags", "chosen", "counts"),
+    [
+        ("ab 12", {}, "AB", {"identical": 1 / 2}),
+        ("ab 1", {"keep_identical": True, "gate": True}, "1", {"identical": 0.5, "unlikely": 0.5}),
+        ("ab xy", {}, "AB", {"empty": 1 / 2}),
+        ("ab " + "q" * 20, {"max_length": 40}, "AB", {"too_long": 1 / 2}),
+        ("ab abcd cdef cd", {"max_new_tokens": 4}, "AB CD", {"cut": 1 / 2}),
+        ("ab abcd cdef", {"max_new_tokens": 4, "keep_cut": True}, "AB ABCD CDEF", {"cut": 2 / 3}),
+    ],
+)
+def test_flawed_pairs_are_counted_and_dropped_unless_they_are_to_be_kept(
+    words: str, flags: Any, chosen: str, counts: dict[str, float]
 ) -> None:
-    sgpo = source(tokenizer, ["ab", "xy", "12", "q" * 20], max_length=40, batch_size=4)
-    say = sgpo.run.say
-    sgpo.run.say = lambda prompt: [256] if "xy" in tokenizer.decode(prompt) else say(prompt)
-    assert {tokenizer.decode(pair.chosen) for pair in sgpo.before_step(0)} == {"AB<|end|>"}
-    assert dropped(sgpo) == {"pairs": 1, "empty": 0.25, "identical": 0.25, "too_long": 0.25}
-
-
-@pytest.mark.parametrize("keep", [False, True])
-def test_improvements_cut_at_their_budget_are_dropped_unless_they_are_to_be_kept(
-    keep: bool, tokenizer: data.Tokenizer
-) -> None:
-    sgpo = source(tokenizer, ["ab", "abcd", "cdef", "cd"], max_new_tokens=4, keep_cut=keep)
+    sgpo = source(words.split(), **flags)
     sgpo.before_step(0)
-    chosen = {"AB<|end|>", "CD<|end|>"} | ({"ABCD", "CDEF"} if keep else set())
-    assert {tokenizer.decode(pair.chosen) for pair in sgpo.pairs} == chosen
-    assert dropped(sgpo) == {"pairs": len(chosen), "cut": 0.5}
+    pairs = sorted(tokenizer.response_text(pair.chosen) for pair in sgpo.pool.values())
+    assert pairs == chosen.split()
+    assert dropped(sgpo) == counts | {"pairs": len(pairs)}
 
 
-def test_identical_pairs_are_kept_where_it_is_asked(tokenizer: data.Tokenizer) -> None:
-    flags = {"keep_identical": True, "gate": True, "batch_size": 4}
-    sgpo = source(tokenizer, ["ab", "12"], **flags)
-    sgpo.run.logps = lambda rows: [-float(len(row.chosen)) for row in rows]  # alike for all
-    (pair,) = {tokenizer.decode(pair.chosen) for pair in sgpo.before_step(0)}
-    assert pair == "12<|end|>"
-    assert dropped(sgpo) == {"pairs": 1, "identical": 0.5, "unlikely": 0.5}
-
-
-def test_the_gate_asks_for_improvements_likelier_per_token(tokenizer: data.Tokenizer) -> None:
+def test_the_gate_asks_for_improvements_likelier_per_token() -> None:
     """ab's is likelier; cd's is not, nor ef's, which is as likely; gh's is in sum alone, as it is
     shorter, and ij's per token alone, as it is longer."""
-    sgpo = source(tokenizer, ["ab", "cd", "ef", "gh", "ij"], gate=True, batch_size=5)
-    say, ends = sgpo.run.say, {"GH": [256], "IJ": [33, 33, 33, 256]}
+    sgpo = source(["ab", "cd", "ef", "gh", "ij"], gate=True, batch_size=5)
     liked = {"AB": -3.0, "ab": -6.0, "CD": -9.0, "cd": -6.0, "EF": -6.0, "ef": -6.0}
     liked |= {"G": -5.0, "gh": -6.0, "IJ!!!": -6.5, "ij": -6.0}
-    read = tokenizer.response_text
-
-    def longer(prompt: list[int]) -> list[int]:
-        new = say(prompt)
-        text = read(new)
-        return new[:-1][: 1 if text == "GH" else 9] + ends.get(text, [256])
-
-    sgpo.run.say = longer
-    sgpo.run.logps = lambda rows: [liked[read(row.chosen)] for row in rows]
-    assert {read(pair.chosen) for pair in sgpo.before_step(0)} == {"AB", "IJ!!!"}
+    text = tokenizer.response_text
+    sgpo.run.logps = lambda rows: [liked[text(row.chosen)] for row in rows]
+    assert {text(pair.chosen) for pair in sgpo.before_step(0)} == {"AB", "IJ!!!"}
     assert dropped(sgpo) == {"pairs": 2, "unlikely": 0.6}
 
 
-def test_no_pair_left_is_a_step_without_pairs(tokenizer: data.Tokenizer) -> None:
-    sgpo = source(tokenizer, ["12", "34"], gate=True)
+def test_no_pair_left_is_a_step_without_pairs() -> None:
+    sgpo = source(["12", "34"], gate=True)
     assert [sgpo.before_step(t) for t in range(2)] == [[], []]
     assert len(sgpo.asked()) == 4
 
 
-def test_a_restored_source_goes_on_without_generating_again(tokenizer: data.Tokenizer) -> None:
-    one, other = (source(tokenizer, ["ab", "cd", "ef"]) for _ in range(2))
+def test_a_restored_source_goes_on_without_generating_again() -> None:
+    one, other = (source(["ab", "cd", "ef"]) for _ in range(2))
     one.before_step(0)
     other.load_state_dict(one.state_dict())
     for t in (1, 2):
@@ -361,16 +328,12 @@ def test_steps_rise_through_both_phases_and_both_are_there(whole: Path) -> None:
 
 
 def test_targets_and_pairs_are_readable_files(whole: Path) -> None:
-    lines = (whole / "improver_targets.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in (GOLDEN / "rows.jsonl").read_text().splitlines()]
-    for i, (line, row) in enumerate(zip(map(json.loads, lines), rows, strict=True)):
-        assert (line["index"], line["prompt"], line["improved"]) == (
-            i,
-            row["prompt"],
-            row["chosen"],
-        )
-        assert isinstance(line["response"], str)
-    pairs = [json.loads(line) for line in (whole / "pairs.jsonl").read_text().splitlines()]
+    targets, rows = read(whole / "improver_targets.jsonl"), read(GOLDEN / "rows.jsonl")
+    for i, (target, row) in enumerate(zip(targets, rows, strict=True)):
+        told = (target["index"], target["prompt"], target["improved"])
+        assert told == (i, row["prompt"], row["chosen"])
+        assert isinstance(target["response"], str)
+    pairs = read(whole / "pairs.jsonl")
     assert {pair["round"] for pair in pairs} == {0, 1}
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
     assert data.load_examples(whole / "pairs.jsonl", True)  # --method dpo --data takes them
@@ -427,27 +390,16 @@ def test_a_round_without_pairs_changes_nothing_and_is_told(whole: Path, tmp_path
 
 
 def test_targets_from_a_file_and_prompts_without_responses(whole: Path, tmp_path: Path) -> None:
-    out, prompts = tmp_path / "run", tmp_path / "prompts.jsonl"
+    out = tmp_path / "run"
     rows = [{"prompt": "sort dcba"}, {"messages": [user("reverse abc")]},
             {"prompt": "add 12 34", "response": "2+4=6-1+3=4 > 46"}]  # fmt: skip
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = write(tmp_path / "prompts.jsonl", rows)
     source = ("--target-source", whole / "improver_targets.jsonl", "--preference-data", prompts)
     assert train.main(flags(out, *source, "--loss", "orpo")) == 0
-    one, other = (load_file(f / "improver" / "model.safetensors") for f in (out, whole))
+    one, other = weights(out, "improver"), weights(whole, "improver")
     assert all(torch.equal(one[key], other[key]) for key in other)
-    asked = {json.loads(line)["prompt"] for line in (out / "pairs.jsonl").read_text().splitlines()}
+    asked = {row["prompt"] for row in read(out / "pairs.jsonl")}
     assert asked <= {"sort dcba", "reverse abc", "add 12 34"}
-
-
-def test_the_built_in_tasks_mend_and_check(tmp_path: Path, capsys: Any) -> None:
-    out = tmp_path / "run"
-    more = ("--steps", 2, "--improver-epochs", 1, "--batch-size", 32, "--save-every", 0)
-    usual = ["--method", "sgpo", "--model", GOLDEN / "start", "--out", out, *more]
-    assert train.main([str(flag) for flag in usual]) == 0
-    targets = [json.loads(x) for x in (out / "improver_targets.jsonl").read_text().splitlines()]
-    assert any(row["improved"] != row["response"] for row in targets)
-    shown = capsys.readouterr().out
-    assert all(f"\n{name} " in shown for name in ("start", "sft control", "improver", "sgpo"))
 
 
 def test_improvements_are_shown_and_written(whole: Path, tmp_path: Path, capsys: Any) -> None:
@@ -462,47 +414,31 @@ def test_improvements_are_shown_and_written(whole: Path, tmp_path: Path, capsys:
         assert isinstance(line["response"], str)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        (["--target-source", "http://localhost:1/v1"], "--target-model"),
-        (["--target-source", "tasks"], "--target-source"),
-        (["--target-source", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--improver-mix", "1"], "--improver-mix"),
-        (["--fence-k", "-1"], "--fence-k"),
-        (["--rounds", "0"], "--rounds"),
-        (["--improver-instruction", "improve {prompt}"], "{answer}"),
-        (["--improver-instruction", "{prompt} {answer} " + "x" * 60], "--improver-instruction"),
-        (["--improver", "nowhere"], "nowhere"),
-        (["--preference-data", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--fence-given", "luck"], "--fence-given"),
-    ],
-)
-def test_bad_flags_give_one_line_and_leave_nothing(
-    wrong: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train.main(flags(tmp_path / "run", *wrong)) == 2
+BAD_FLAGS = """--target-source http://localhost:1/v1: --target-model; --target-source tasks;
+--target-source nowhere.jsonl: nowhere.jsonl; --preference-data nowhere.jsonl: nowhere.jsonl;
+--fence-k -1; --fence-given luck; --rounds 0; --improver nowhere: nowhere; --improver-mix 1;
+--improver-instruction improve{prompt}: {answer}; --improver-instruction {prompt}{answer}LONG"""
+
+
+@pytest.mark.parametrize("case", re.split(r";\s", BAD_FLAGS))  # after a colon what is named
+def test_bad_flags_give_one_line_and_leave_nothing(case: str, tmp_path: Path, capsys: Any) -> None:
+    wrong, _, named = case.replace("LONG", "x" * 60).partition(": ")
+    assert train.main(flags(tmp_path / "run", *wrong.split())) == 2
     (shown,) = re.findall("^error: .*$", capsys.readouterr().err, re.MULTILINE)
-    assert named in shown
+    assert (named or wrong.split()[0]) in shown
     assert not (tmp_path / "run").exists()
 
 
 def test_a_bad_file_of_targets_is_named_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "targets.jsonl"
     good = {"prompt": "a", "response": "b", "improved": "c"}
-    assert data.load_targets(_write(file, [good, good | {"improved": None}])) == [
-        Target([user("a")], "b", "c")
-    ]
+    found = data.load_targets(write(file, [good, good | {"improved": None}]))
+    assert found == [Target([user("a")], "b", "c")]
     for bad in ({"prompt": "a"}, good | {"improved": " "}, good | {"response": 3}, [], {"x": 1}):
         with pytest.raises(data.InputError, match=r"targets.jsonl:2"):
-            data.load_targets(_write(file, [good, bad]))
+            data.load_targets(write(file, [good, bad]))
     with pytest.raises(data.InputError, match="no targets"):
-        data.load_targets(_write(file, [good | {"improved": None}]))
-
-
-def _write(file: Path, rows: list[Any]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+        data.load_targets(write(file, [good | {"improved": None}]))
 
 
 def test_what_a_killed_run_paid_for_is_kept(whole: Path, tmp_path: Path) -> None:
@@ -521,30 +457,28 @@ def test_what_a_killed_run_paid_for_is_kept(whole: Path, tmp_path: Path) -> None
     assert again[:2] + again[3:] == lines[:2] + lines[3:]
 
 
-def test_targets_of_a_run_cut_while_they_were_written_are_those_of_a_whole_one(
-    tmp_path: Path,
-) -> None:
-    """The tasks' mender draws at random: by the draft, not by how many are left."""
+def test_the_built_in_tasks_mend_by_the_draft_and_are_checked(tmp_path: Path, capsys: Any) -> None:
+    """The mender draws at random, but not by how many drafts are left when a run goes on."""
+    out, whole, file = tmp_path / "cut", tmp_path / "whole", "improver_targets.jsonl"
     usual = ["--method", "sgpo", "--model", GOLDEN / "start", "--steps", 1, "--batch-size", 32]
     usual += ["--improver-epochs", 0.1, "--responses-per-prompt", 1]
     run = lambda out, *more: train.main([str(x) for x in (*usual, "--out", out, *more)])  # noqa: E731
-    assert run(tmp_path / "whole") == 0
-    out = tmp_path / "cut"
+    assert run(whole) == 0
+    assert any(row["improved"] != row["response"] for row in read(whole / file))
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in shown for name in ("start", "sft control", "improver", "sgpo"))
     out.mkdir()
-    shutil.copy(tmp_path / "whole" / "args.json", out)
-    file = "improver_targets.jsonl"
-    lines = (tmp_path / "whole" / file).read_bytes().splitlines(keepends=True)
+    shutil.copy(whole / "args.json", out)
+    lines = (whole / file).read_bytes().splitlines(keepends=True)
     (out / file).write_bytes(b"".join(lines[:50]) + lines[50][:9])
     assert run(out, "--resume") == 0
     assert (out / file).read_bytes() == b"".join(lines)
 
 
 def test_text_with_line_separators_and_cut_characters_survives_a_resume(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": f"sort b\u2028a{i} \u00e9 \ud83d", "response": "a\u2029b \u20ac"}
-        for i in range(8)
-    ]
-    file, out = _write(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    odd = {"prompt": "sort b\u2028a{} \u00e9 \ud83d", "response": "a\u2029b \u20ac"}
+    rows = [odd | {"prompt": odd["prompt"].format(i)} for i in range(8)]
+    file, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "run"
     more = ("--data", file, "--rounds", 2, "--improver-epochs", 0.1, "--save-every", 1)
     assert train.main(flags(tmp_path / "whole", *more)) == 0
     cut(flags(out, *more), lambda _, t: t == 5)
@@ -560,7 +494,7 @@ def test_an_improver_takes_prompts_alone_and_its_own_instruction(
     whole: Path, tmp_path: Path, capsys: Any
 ) -> None:
     """No rows with responses are needed, and nothing of the built-in tasks is done."""
-    prompts = _write(tmp_path / "prompts.jsonl", [{"prompt": f"sort cb{x}"} for x in "adefgh"])
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"sort cb{x}"} for x in "adefgh"])
     usual = ["--method", "sgpo", "--improver", whole / "improver", "--max-length", 64]
     usual += ["--max-new-tokens", 16, "--steps", 1, "--batch-size", 4, "--log-every", 1]
     for key in ("--preference-data", "--data"):
@@ -573,27 +507,13 @@ def test_an_improver_takes_prompts_alone_and_its_own_instruction(
         assert "improve/pairs" in metrics(out)[0]
 
 
-@pytest.mark.parametrize("key", ["--data", "--preference-data", "--target-source"])
-def test_other_rows_on_resume_are_refused(
-    key: str, whole: Path, tmp_path: Path, capsys: Any
-) -> None:
-    file, more = tmp_path / "rows.jsonl", (key, tmp_path / "rows.jsonl")
-    known = whole / "improver_targets.jsonl" if "target" in key else GOLDEN / "rows.jsonl"
-    shutil.copy(known, file)
-    cut(flags(tmp_path / "run", *more), lambda _, t: t == 1)
-    file.write_text("".join(known.read_text().splitlines(keepends=True)[:10]))
-    assert train.main(flags(tmp_path / "run", *more, "--resume")) == 2
-    named = key.replace("--preference-data", "prompts")
-    assert f"another {named} than" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("role", ["system", "assistant"])
 def test_rows_that_could_not_be_used_later_are_named_at_once(
     role: str, tmp_path: Path, capsys: Any
 ) -> None:
     turns = [user("a"), {"role": role, "content": "b"}, {"role": "assistant", "content": "c"}]
     rows = [{"prompt": "sort ba", "response": "ab"}, {"messages": turns}]
-    file = _write(tmp_path / "rows.jsonl", rows)
+    file = write(tmp_path / "rows.jsonl", rows)
     assert train.main(flags(tmp_path / "run", "--data", file)) == 2
     shown = capsys.readouterr().err
     assert "rows.jsonl:2" in shown

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from fakes import EOS, Run
-from helpers import GOLDEN, alike, cut, metrics, same, torchrun
+from helpers import GOLDEN, alike, cut, metrics, torchrun
 from safetensors.torch import load_file
 
 import train
@@ -135,16 +135,6 @@ def test_at_the_first_step_the_policy_is_the_writer_of_its_pairs(whole: Path) ->
     assert rows[0]["segment/kl"] == pytest.approx(0, abs=1e-5)
     assert rows[-1]["segment/kl"] > 1e-3
     assert rows[0]["segment/new_logps"] < rows[0]["segment/logps"]
-
-
-@pytest.mark.parametrize("last", [1, 2, 5])
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
-    last: int, whole: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    cut(flags(out), lambda _, t: t == last)  # killed behind the checkpoint of step `last`
-    assert train.main(flags(out, "--resume")) == 0
-    same(out, whole)
 
 
 def test_two_ranks_give_the_run_of_one(whole: Path, tmp_path: Path) -> None:

@@ -32,9 +32,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, behave: Callable[[Any, str, int], None]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.behave, self.asked = behave, list[str]()
-        self.keys, self.bodies, self.paths = list[str | None](), list[Any](), list[str]()
-        self.lock, self.busy, self.most = threading.Lock(), 0, 0
+        self.behave, self.lock = behave, threading.Lock()
+        self.asked, self.heard = list[str](), list[tuple[str, str, str | None]]()
 
     @property
     def url(self) -> str:
@@ -52,16 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             times = server.asked.count(question)
             server.asked.append(question)
-            server.keys.append(self.headers["Authorization"])
-            server.bodies.append(body)
-            server.paths.append(self.path)
-            server.busy += 1
-            server.most = max(server.most, server.busy)
-        try:
-            server.behave(self, question, times)
-        finally:
-            with server.lock:
-                server.busy -= 1
+            server.heard.append((self.path, body["model"], self.headers["Authorization"]))
+        server.behave(self, question, times)
 
     def reply(self, value: Any, status: int = 200, **headers: str) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -104,25 +95,15 @@ def ask(server: Server, questions: list[str], **settings: Any) -> dict[int, Any]
 def test_a_question_goes_to_the_chat_endpoint_with_the_key_in_its_header(serve: Any) -> None:
     server = serve(lambda handler, question, times: handler.reply(completion(f" {question}! \n")))
     assert ask(server, ["a", "b"]) == {0: "a!", 1: "b!"}
-    assert server.paths == ["/v1/chat/completions"] * 2
-    assert server.keys == [f"Bearer {KEY}"] * 2
-    assert server.bodies[0]["model"] == "strong"
+    asked = ("/v1/chat/completions", "strong")
+    assert server.heard == [(*asked, f"Bearer {KEY}")] * 2
     assert ask(server, ["c"], key=None) == {0: "c!"}
-    assert server.keys[-1] is None
+    assert server.heard[2] == (*asked, None)
 
 
 def drop(handler: Any) -> None:
     """Ends the connection without an answer."""
     handler.connection.shutdown(socket.SHUT_RDWR)
-    handler.close_connection = True
-
-
-def cut_short(handler: Any) -> None:
-    """Promises more than it sends."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(b'{"choices"')
     handler.close_connection = True
 
 
@@ -132,7 +113,7 @@ FAILURES: dict[str, Callable[[Any], None]] = {
     "503": lambda handler: handler.reply(b"<html>busy</html>", 503),
     "time-out": lambda handler: time.sleep(0.6),
     "dropped": drop,
-    "cut short": cut_short,
+    "cut short": lambda handler: handler.reply(b'{"choices"', Content_Length="1000"),
     "not JSON": lambda handler: handler.reply(b"<html>hello</html>"),
     "not UTF-8": lambda handler: handler.reply(b"\xff\xfe{"),
     "not a completion": lambda handler: handler.reply({"choices": []}),
@@ -145,13 +126,8 @@ FAILURES: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("kind", FAILURES)
 def test_what_may_pass_is_asked_again(kind: str, serve: Any) -> None:
-    def behave(handler: Any, question: str, times: int) -> None:
-        if times < 2:
-            FAILURES[kind](handler)
-        else:
-            handler.reply(completion("fine"))
-
-    server = serve(behave)
+    fine = completion("fine")
+    server = serve(lambda h, question, times: FAILURES[kind](h) if times < 2 else h.reply(fine))
     short = {"TIMEOUT": 0.2} if kind == "time-out" else {"LONGEST": 5000}
     assert ask(server, ["a"], **short) == {0: "fine"}
     assert server.asked == ["a"] * 3
@@ -180,27 +156,19 @@ def test_giving_up_says_why_and_how_to_go_on(serve: Any) -> None:
 
 @pytest.mark.parametrize(
     ("status", "named"),
-    [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "--target-model"), (400, "too long")],
+    [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "--target-model"), (400, "too long")]
+    + [(status, f"HTTP {status}") for status in (301, 302, 307, 308)],
 )
-def test_what_will_not_pass_stops_at_once_and_never_shows_the_key(
-    status: int, named: str, serve: Any
-) -> None:
+def test_what_will_not_pass_stops_at_once(status: int, named: str, serve: Any) -> None:
+    """Never is the key shown, nor a redirection followed, which would take it along."""
     said = {"error": {"message": f"too long; the key was {KEY}"}}
-    server = serve(lambda handler, question, times: handler.reply(said, status))
+    other = serve(lambda handler, question, times: handler.reply(completion("stolen")))
+    place = f"{other.url}/chat/completions"
+    server = serve(lambda h, question, times: h.reply(said, status, Location=place))
     with pytest.raises(InputError, match=named) as caught:
         ask(server, [str(i) for i in range(50)], workers=2)
     assert KEY not in str(caught.value)
-    assert len(server.asked) < 10
-
-
-def test_a_redirection_is_not_followed_for_it_would_take_the_key_along(serve: Any) -> None:
-    other = serve(lambda handler, question, times: handler.reply(completion("stolen")))
-    place = f"{other.url}/chat/completions"
-    for status in (301, 302, 307, 308):
-        server = serve(lambda h, q, times, s=status: h.reply({}, s, Location=place))
-        with pytest.raises(InputError, match=f"HTTP {status}"):
-            ask(server, ["a"])
-    assert other.asked == []
+    assert len(server.asked) < 10 and other.asked == []
 
 
 def test_empty_refused_and_cut_answers_are_told_apart(serve: Any) -> None:
@@ -218,15 +186,19 @@ def test_empty_refused_and_cut_answers_are_told_apart(serve: Any) -> None:
 
 
 def test_questions_are_asked_several_at_a_time_and_answers_come_out_of_order(serve: Any) -> None:
+    busy, most = set[str](), list[int]()
+
     def behave(handler: Any, question: str, times: int) -> None:
+        busy.add(question)
+        most.append(len(busy))
         time.sleep(0.3 if question == "0" else 0.02)
+        busy.remove(question)
         handler.reply(completion(question))
 
-    server = serve(behave)
-    found = ask(server, [str(i) for i in range(8)], workers=4)
+    found = ask(serve(behave), [str(i) for i in range(8)], workers=4)
     assert found == {i: str(i) for i in range(8)}
     assert next(iter(found)) != 0
-    assert 2 <= server.most <= 4
+    assert 2 <= max(most) <= 4
 
 
 @pytest.mark.parametrize("url", ["http://h/v1", "HTTPS://a-b.c_d:65535/v/x?y=@z", "http://[::1]:8"])
@@ -237,12 +209,16 @@ def test_addresses_that_can_be_right_are_so_without_a_password_alone(url: str) -
     assert KEY not in str(caught.value)
 
 
-def flags(out: Path, server: Server, *more: object) -> list[str]:
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def flags(out: Path, url: str, *more: object) -> list[str]:
     usual = ["--method", "sgpo", "--model", GOLDEN / "start", "--data", GOLDEN / "rows.jsonl"]
     usual += ["--out", out, "--steps", 1, "--batch-size", 6, "--max-length", 64]
     usual += ["--max-new-tokens", 16, "--improver-epochs", 0.1, "--target-workers", 3]
     usual += ["--improver-instruction", "{prompt} | {answer}", "--target-instruction"]
-    usual += ["{prompt} # {gold} # {answer}", "--target-source", server.url]
+    usual += ["{prompt} # {gold} # {answer}", "--target-source", url]
     return [str(flag) for flag in (*usual, "--target-model", "strong", *more)]
 
 
@@ -252,6 +228,7 @@ def test_a_run_asks_each_question_once_stopped_or_not_and_writes_no_key(
     """The server stops answering after ten questions; the resumed run asks the other fourteen."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     out, limit = tmp_path / "run", [10]
+    targets = out / "improver_targets.jsonl"
 
     def behave(handler: Any, question: str, times: int) -> None:
         with handler.server.lock:
@@ -267,29 +244,26 @@ def test_a_run_asks_each_question_once_stopped_or_not_and_writes_no_key(
             handler.reply(completion(gold[:-1] + "*"))
 
     server = serve(behave)
-    assert train.main(flags(out, server)) == 2
+    assert train.main(flags(out, server.url)) == 2
     assert "OPENAI_API_KEY" in capsys.readouterr().err
-    lines = (out / "improver_targets.jsonl").read_text().splitlines()
-    assert len(lines) == 10
+    assert len(rows(targets)) == 10
     limit[0] = 1000
-    assert train.main(flags(out, server, "--resume")) == 0
+    assert train.main(flags(out, server.url, "--resume")) == 0
     shown = capsys.readouterr().out
-    paid = [question for question in server.asked if server.asked.count(question) > 1]
-    assert len(paid) <= 2 * 3  # in flight when it stopped, and answered 401
-    rows = [json.loads(line) for line in (out / "improver_targets.jsonl").read_text().splitlines()]
-    gold = [json.loads(line) for line in (GOLDEN / "rows.jsonl").read_text().splitlines()]
-    assert [row["index"] for row in rows] == list(range(24))
-    for row, source in zip(rows, gold, strict=True):
+    assert (
+        sum(server.asked.count(q) > 1 for q in server.asked) <= 2 * 3
+    )  # in flight when it stopped, and answered 401
+    gold = rows(GOLDEN / "rows.jsonl")
+    assert [row["index"] for row in rows(targets)] == list(range(24))
+    for row, source in zip(rows(targets), gold, strict=True):
         assert row["prompt"] == source["prompt"]
         if row["prompt"].startswith("sort"):
             assert (row["improved"], row["dropped"]) == (None, "refused")
         else:
             assert row["improved"] == source["chosen"][:-1] + "*"
     assert json.loads((out / "improver_filter.json").read_text())["targets"] == 18
-    assert "18 targets" in shown
-    assert "6 refused" in shown
-    asked_for = {question.split(" # ")[0] for question in server.asked}
-    assert asked_for == {source["prompt"] for source in gold}
+    assert "18 targets" in shown and "6 refused" in shown
+    assert {q.split(" # ")[0] for q in server.asked} == {source["prompt"] for source in gold}
     for path in out.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes()
     assert KEY not in shown
@@ -300,17 +274,12 @@ def test_a_run_asks_each_question_once_stopped_or_not_and_writes_no_key(
     ["http://", "http:///v1", "http://a b/v1", "http://h\u00f6st/v1", "http://[::1/v1",
      "http://host:port/v1", "http://host:99999/v1", f"http://me:{KEY}@host/v1"],
 )  # fmt: skip
-def test_an_address_that_cannot_be_right_is_told_before_anything_starts(
-    url: str, tmp_path: Path, capsys: Any
-) -> None:
-    more = ["--method", "sgpo", "--model", str(GOLDEN / "start"), "--out", str(tmp_path / "run")]
-    more += ["--data", str(GOLDEN / "rows.jsonl"), "--target-model", "x", "--target-source", url]
+def test_addresses_that_cannot_be_right_are_told(url: str, tmp_path: Path, capsys: Any) -> None:
     began = time.monotonic()
-    assert train.main(more) == 2
+    assert train.main(flags(tmp_path / "run", url)) == 2
     assert time.monotonic() - began < 5
     shown = capsys.readouterr().err
-    assert re.fullmatch("error: .*address.*\n", shown)
-    assert KEY not in shown
+    assert re.fullmatch("error: .*address.*\n", shown) and KEY not in shown
     assert not (tmp_path / "run").exists()
 
 
@@ -319,19 +288,15 @@ def test_a_keys_line_end_is_left_out_and_a_key_that_no_header_holds_refused(
 ) -> None:
     server = serve(lambda handler, question, times: handler.reply(completion("a-b > ab")))
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\n")
-    assert train.main(flags(tmp_path / "run", server)) == 0
-    assert set(server.keys) == {f"Bearer {KEY}"}
+    assert train.main(flags(tmp_path / "run", server.url)) == 0
+    assert {key for *_, key in server.heard} == {f"Bearer {KEY}"}
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\u20ac")
-    assert train.main(flags(tmp_path / "other", server)) == 2
+    assert train.main(flags(tmp_path / "other", server.url)) == 2
     assert "OPENAI_API_KEY" in capsys.readouterr().err
 
 
-def test_a_server_that_says_no_ends_all_ranks_without_a_traceback(
-    serve: Any, tmp_path: Path
-) -> None:
+def test_a_server_that_says_no_ends_all_ranks_in_a_line(serve: Any, tmp_path: Path) -> None:
     server = serve(lambda handler, question, times: handler.reply({}, 404))
-    done = torchrun(2, flags(tmp_path / "run", server))
-    assert done.returncode
-    assert "error: " in done.stderr
-    assert "--target-model" in done.stderr
+    done = torchrun(2, flags(tmp_path / "run", server.url))
+    assert done.returncode and "error: " in done.stderr and "--target-model" in done.stderr
     assert 'train.py", line' not in done.stderr  # torchrun has a traceback of its own

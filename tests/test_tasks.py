@@ -1,6 +1,7 @@
 """Properties of the built-in tasks, and of the checkpoint-like tokenizer that they come with."""
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,6 @@ KINDS = {*data.SEEN, *data.UNSEEN}
 
 def prompt_of(example: data.Example) -> str:
     return example.messages[-1]["content"]
-
-
-def bare(prompt: str) -> str:
-    return prompt.split(" | ")[0]
 
 
 @pytest.mark.parametrize(
@@ -51,27 +48,23 @@ def test_same_seed_same_examples_and_more_begin_with_fewer(split: str) -> None:
 
 def test_held_out_prompts_are_in_no_training_split_of_any_seed() -> None:
     def prompts(split: str, n: int) -> set[str]:
-        return {bare(prompt_of(e)) for s in range(3) for e in data.task_examples(split, n, s, 0.4)}
+        made = (e for seed in range(3) for e in data.task_examples(split, n, seed, 0.4))
+        return {prompt_of(e).split(" | ")[0] for e in made}
 
     training = prompts("pretrain", 20_000) | prompts("clean", 500)
     validation, test = prompts("validation", 1000), prompts("test", 1000)
     assert not training & validation and not training & test and not validation & test
 
 
-def test_the_prompts_are_many() -> None:
-    examples = data.task_examples("pretrain", 40_000, 1)
-    for kind in KINDS - {"add"}:  # there are 8,100 sums of two-digit numbers in all
-        prompts = [prompt_of(e) for e in examples if data.task_kind(prompt_of(e)) == kind]
-        assert len(prompts) == 5000
-        assert len(set(prompts)) > 3000, kind
-
-
-def test_kinds_of_each_split() -> None:
-    for split in ("pretrain", "validation", "test"):
-        assert {data.task_kind(prompt_of(e)) for e in data.task_examples(split, 64, 3)} == KINDS
-    clean = data.task_examples("clean", 64, 3)
-    assert {data.task_kind(prompt_of(e)) for e in clean} == set(data.SEEN)
+def test_kinds_of_each_split_and_prompts_are_many() -> None:
+    for split, kinds in (("validation", KINDS), ("test", KINDS), ("clean", set(data.SEEN))):
+        assert {data.task_kind(prompt_of(e)) for e in data.task_examples(split, 64, 3)} == kinds
     assert not set(data.SEEN) & set(data.UNSEEN)
+    examples = data.task_examples("pretrain", 40_000, 1)
+    counts = Counter(data.task_kind(prompt_of(e)) for e in examples)
+    assert counts == dict.fromkeys(KINDS, 5000)
+    many = Counter(data.task_kind(prompt) for prompt in {prompt_of(e) for e in examples})
+    assert all(many[kind] > 3000 for kind in KINDS - {"add"})  # there are 8,100 sums in all
 
 
 @pytest.mark.parametrize("split", ["clean", "validation", "test"])
@@ -118,7 +111,7 @@ def test_unknown_splits_and_prompts_are_refused() -> None:
             data.check_answer(prompt, "x")
 
 
-def test_the_tokenizer_is_an_ordinary_one_for_transformers(tmp_path: Path) -> None:
+def test_the_tokenizer_is_an_ordinary_one_and_spells_tasks(tmp_path: Path) -> None:
     data.write_task_tokenizer(tmp_path)
     ours = data.load_tokenizer(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -129,17 +122,12 @@ def test_the_tokenizer_is_an_ordinary_one_for_transformers(tmp_path: Path) -> No
     assert ours.encode("ab") == [97, 98]
     assert ours.vocab_size == len(theirs) == 260
     assert ours.eos_ids == (theirs.eos_token_id,) == (256,)
-
-
-def test_tokens_of_a_task(tmp_path: Path) -> None:
-    data.write_task_tokenizer(tmp_path)
-    tokenizer = data.load_tokenizer(tmp_path)
     examples = data.task_examples("clean", 128, 1)
-    kept, pairs, counts = data.encode_examples(examples, tokenizer, 64, 56)
+    kept, pairs, counts = data.encode_examples(examples, ours, 64, 56)
     assert kept == examples
     assert counts == {"rows": 128, "dropped_prompt": 0, "cut_response": 0, "cut_rejected": 0}
     for example, pair in zip(examples, pairs, strict=True):
-        assert tokenizer.decode(pair.prompt) == f"<|user|>{prompt_of(example)}<|assistant|>"
-        assert tokenizer.decode(pair.chosen) == example.response + "<|end|>"
-        assert tokenizer.decode(pair.rejected) == f"{example.rejected}<|end|>"
+        assert ours.decode(pair.prompt) == f"<|user|>{prompt_of(example)}<|assistant|>"
+        assert ours.decode(pair.chosen) == example.response + "<|end|>"
+        assert ours.decode(pair.rejected) == f"{example.rejected}<|end|>"
         assert len(pair.chosen) <= 24

@@ -231,7 +231,7 @@ def sharded() -> None:
             ema_update(ema, policy, 0.5)
             with ranks.decoder(ema) as ready:
                 new = lm.generate(ready, [pair.prompt for pair in pairs], 20, seed=step)
-            ranks.barrier()
+            ranks.agree(False)
             told(f"sharded: rows unanswered, step {step + 1}", sum(not row for row in new), 0)
         begin, average, end = (ranks.whole(m.model["norm"].weight) for m in (whole, ema, policy))
         told(
