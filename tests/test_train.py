@@ -237,7 +237,7 @@ def test_an_ema_in_host_memory_changes_nothing_and_wants_one_process(
     assert run(*usual, "--ema-offload") == 0
     losses = [row["loss"] for row in metrics(tmp_path / "run")]
     assert losses == [row["loss"] for row in metrics(sapo_run)]
-    monkeypatch.setattr(train.Ranks, "__init__", lambda self: vars(self).update(world=2, rank=0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     capsys.readouterr()
     assert run(*usual, "--ema-offload", "--out", tmp_path / "other") == 2
     assert "--ema-offload is for one process" in error_line(capsys)
