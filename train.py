@@ -19,7 +19,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import datetime
 import functools
 import json
 import math
@@ -31,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -360,14 +360,13 @@ COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejec
 
 def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
     """RMSprop or AdamW, a multi-tensor pass for each block: its temporaries are then small."""
-    groups = [[*block.parameters()] for block in policy.model["layers"].children()]
-    inner = {parameter for group in groups for parameter in group}
-    groups.append([p for p in policy.parameters() if p not in inner])
-    parameters = [{"params": group} for group in groups]
+    groups = [{"params": [*block.parameters()]} for block in policy.model["layers"].children()]
+    inner = {parameter for group in groups for parameter in group["params"]}
+    groups.append({"params": [p for p in policy.parameters() if p not in inner]})
     settings: dict[str, Any] = {"lr": c.lr[0], "weight_decay": c.weight_decay, "foreach": True}
     if c.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, **settings)
-    return torch.optim.AdamW(parameters, betas=(0.9, c.adam_beta2), **settings)
+        return torch.optim.RMSprop(groups, **settings)
+    return torch.optim.AdamW(groups, betas=(0.9, c.adam_beta2), **settings)
 
 
 # ------------------------------------------------------------------------------ what lies on disk
@@ -450,9 +449,10 @@ class Files:
                 continue
             done = number - self.before
             if done > (end := source.bounds[-1]):
-                raise InputError(f"--steps {end}, but {folder} is beyond that already")
+                raise InputError(f"--steps: {end} in all, but {folder} is beyond that already")
             lm.load_weights(parameters, folder / "policy", self.ranks.place)
-            learner.load_state_dict(tree)
+            with lm.reading(str(folder)):
+                learner.load_state_dict(tree)
             own = {n.removeprefix("source."): tree[n] for n in tree if n.startswith("source.")}
             source.load_state_dict(own)
             break
@@ -527,13 +527,12 @@ def kept(
 class Trace:
     """The first steps of a run in one safetensors file (`--trace`), to check another program by.
 
-        step/... (S,): step, loss, nll, grad_norm (before clipping), lr, beta, norm/policy (after
-            the step), norm/ema and norm/reference (in it)
-        pair/... (N,): step, COLUMNS, place (where it was drawn from: the replay buffer with the
-            fresh pairs in it, 0 the oldest; SPIN's pool; SGPO's round; the rows), `sapo.pack`
-        fresh/...: step and `sapo.pack` of the pairs made at a step, in the order they were stored
-
-    The flags, save names of files, are in the file's metadata, as JSON under "args".
+    step/... (S,): step, loss, nll, grad_norm (before clipping), lr, beta, norm/policy (after
+        the step), norm/ema and norm/reference (in it)
+    pair/... (N,): step, COLUMNS, place (where it was drawn from: the replay buffer with the
+        fresh pairs in it, 0 the oldest; SPIN's pool; SGPO's round; the rows), `sapo.pack`
+    fresh/...: step and `sapo.pack` of the pairs made at a step, in the order they were stored
+    and in the metadata, as JSON under "args", the flags, save names of files.
     """
 
     def __init__(self, c: Config) -> None:
@@ -544,7 +543,7 @@ class Trace:
         if self.path.exists():
             raise InputError(f"--trace {c.trace} is there already: name a file that is not")
         self.partial.touch()  # or fail before anything starts
-        self.partial.unlink()
+        self.partial.unlink(missing_ok=True)
 
     def add(self, step: int, seen: Seen, learner: Learner, source: Source) -> None:
         """Records a step and writes the file anew: it is small, and the run may be killed."""
@@ -634,9 +633,9 @@ class Ranks:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:  # a lost rank is missed after half an hour, but where one works alone
-            minutes, device = datetime.timedelta(minutes=30), self.device if cuda else None
+            minutes, device = timedelta(minutes=30), self.device if cuda else None
             dist.init_process_group("nccl" if cuda else "gloo", timeout=minutes, device_id=device)
-            self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+            self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
             self.mesh = dist.init_device_mesh(self.device.type, (self.world,))
 
     def build(self, folder: Path, c: Config, role: str) -> Transformer:
@@ -908,7 +907,8 @@ def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
         "top_k top_p": not c.temperature and not c.improve_temperature,
         "trace_steps": c.trace is None,
         "target_model target_workers target_instruction": target_server(c) is None,
-        "target_source fence_k improver_epochs improver_lr improver_mix model": c.improver,
+        "target_source fence_k fence_given improver_epochs improver_lr improver_mix": c.improver,
+        "model": c.improver and c.method == "sgpo",
     }
     names = {name for some, applies in idle.items() if applies for name in some.split()}
     return [name for name in given if name not in read or name in names]
@@ -992,7 +992,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     except (InputError, OSError, SafetensorError) as error:  # the last where a disk is full
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(1)  # rank 0 most likely says the same, and torchrun then ends this one
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(9)  # rank 0 most likely says the same, and torchrun then ends this one
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Stopped as stopped:
@@ -1014,9 +1015,10 @@ def run(c: Config, ranks: Ranks) -> None:
         return
     args = out / "args.json"
     saved = lm.read_json(args) if c.resume and args.is_file() and not args.is_symlink() else {}
-    c.date = c.date or saved.get("date", datetime.datetime.now().isoformat(timespec="seconds"))
+    now = torch.tensor(time.time() * ranks.first, dtype=torch.float64, device=ranks.device)
+    c.date = c.date or saved.get("date", datetime.fromtimestamp(int(ranks.sum(now))).isoformat())
     with lm.reading(f"--date {c.date}"):
-        date = datetime.datetime.fromisoformat(c.date or "")
+        date = datetime.fromisoformat(c.date or "")
     with tempfile.TemporaryDirectory() as folder:
         data.write_task_tokenizer(folder)
         tokenizer = data.load_tokenizer(c.model or folder, c.chat_template, date)
@@ -1118,10 +1120,9 @@ def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, 
     for name in [name for name in ("steps", "epochs") if saved and saved[name] != now[name]]:
         say(f"warning: --{name} was {saved[name]} and is {now[name]}: the schedule bends")
 
-    if ranks.first:
+    if ranks.first and not saved:
         out.mkdir(parents=True, exist_ok=True)
-        if not c.resume:  # of a run that was stopped before it left anything else
-            (out / ".generated.jsonl").unlink(missing_ok=True)
+        (out / ".generated.jsonl").unlink(missing_ok=True)  # of a run that left nothing else
         write_rows(out / "args.json", [now | {"inputs": found}])
 
 
@@ -1149,7 +1150,7 @@ def sft(c: Config, start: Path, examples: list[data.Example], files: Files, **ho
 
 
 def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:
-    """Makes the built-in start: SFT on answers of mixed quality, and drafts to be rewritten."""
+    """Makes the built-in start: SFT on answers of mixed quality, a fifth of them rewritings."""
     blank = start.with_name(".blank")
     if ranks.first:
         print("pre-training the built-in start", flush=True)
@@ -1160,8 +1161,7 @@ def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) ->
         fresh.save_pretrained(blank)
         tokenizer.save(blank)
     ranks.agree(False)  # all wait for it
-    rows = START["steps"] * START["batch_size"]
-    examples = data.task_examples("pretrain", rows, c.seed, 0.2)  # a fifth rewrites drafts
+    examples = data.task_examples("pretrain", START["steps"] * START["batch_size"], c.seed, 0.2)
     files = Files(ranks, tokenizer, start.with_suffix(".jsonl"), start, "sft")
     sft(c, blank, examples, files, **START)
     if ranks.first:
