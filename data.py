@@ -284,7 +284,7 @@ class TargetServer:
 
     def __init__(self, url: str, model: str, key: str | None, workers: int = 8) -> None:
         """`url`: http://HOST/v1. `key` goes into a header and nowhere else."""
-        host = r"https?://(?:[\w.-]+|\[[\da-f:.]+\])(?::(\d{1,5}))?(?:/[!-~]*)?"
+        host = r"https?://(?:[\w-]+(?:\.[\w-]+)*|\[[\da-f:.]+\])(?::(\d{1,5}))?(?:/[!-~]*)?"
         found = re.fullmatch(host, url, re.ASCII | re.IGNORECASE)
         if not found or not 0 < int(found[1] or 80) < 65536:
             told = "is no address such as http://localhost:8000/v1, without user and password"
@@ -334,13 +334,13 @@ class TargetServer:
         """The text in the reply, or None and why. Raises Again, or InputError."""
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        request = Request(f"{self.url}/chat/completions", body, headers)
         try:
+            request = Request(f"{self.url}/chat/completions", body, headers)
             with self.opener.open(request, timeout=self.TIMEOUT) as reply:
                 status, after = reply.status, (reply.headers["Retry-After"] or "").strip()
                 said: bytes = reply.read(self.LONGEST + 1)
-        except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
-            raise Again(str(error), None) from None
+        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+            raise Again(str(error).replace(self.key or "\0", "***"), None) from None
         if status in (408, 429) or status >= 500:
             raise Again(f"HTTP {status}", min(86400.0, float(after)) if after.isdecimal() else None)
         if status >= 300:

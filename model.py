@@ -717,7 +717,7 @@ INERT = """architectures auto_map bos_token_id eos_token_id pad_token_id unk_tok
     finetuning_task num_labels name_or_path keys_to_ignore_at_inference license torchscript
     do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences
     max_length length_penalty repetition_penalty""".split()  # noqa: SIM905
-IDLE: dict[str, list[Any]] = {"hidden_act": ["silu", "swish"], "partial_rotary_factor": [1]}
+IDLE: dict[str, list[Any]] = {"hidden_act": ["silu", "swish"], "partial_rotary_factor": [None, 1]}
 LINEAR = ["rope_theta", "factor"]
 LLAMA3 = [*LINEAR, "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 ROPES = {"default": ["rope_theta"], "linear": LINEAR, "llama3": LLAMA3}  # what each rope_type needs
@@ -760,7 +760,7 @@ class Config:
         keys = [*COMPUTED, *INERT, *FAMILIES[family]]
         for given, read in ((raw, keys), (rope, ["rope_type", "type", *turning])):
             for key, value in given.items():
-                off = value in (None, False, "", [], {}, *IDLE.get(key, ()))
+                off = value in IDLE.get(key, [None, False, "", [], {}])
                 if key not in read and not key.startswith("_") and not off:
                     raise InputError(f"{where}: {key} {value!r} is not implemented for {family}")
         known: dict[str, Any] = {**vars(cls), **FAMILIES[family], **raw, **dict.fromkeys(turning)}

@@ -751,7 +751,7 @@ WRONG: list[tuple[str, str, list[Any]]] = [  # (family, key, its values): the er
     ("llama", "num_attention_heads", [None, "8", True, 0, -4, 2.0, 10**12, [8]]),
     ("llama", "model_type", ["gpt2", None, ["llama"]]),
     ("llama", "quantization_config", [{"quant_method": "gptq", "bits": 4}]),
-    ("llama", "hidden_act", ["gelu", ["silu"]]),
+    ("llama", "hidden_act", ["gelu", ["silu"], "", None]),
     *(("llama", key, [value]) for key, value in UNKNOWN.items()),
     ("llama", "layer_types", [["sliding_attention"] * 3]),
     ("mistral", "layer_types", [["full_attention"] * 3]),

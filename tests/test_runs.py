@@ -236,19 +236,14 @@ def test_a_run_goes_on_with_what_it_began_with_or_not_at_all(
 def test_a_run_that_goes_on_another_day_has_the_date_it_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Clock(datetime.datetime):
-        day = 3
-
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return cls(2026, 1, cls.day)
-
-    monkeypatch.setattr(datetime, "datetime", Clock)
+    day = [3]
+    now = lambda: datetime.datetime(2026, 1, *day).timestamp()  # noqa: E731
+    monkeypatch.setattr(train.time, "time", now)
     shutil.copytree(GOLDEN / "start", tmp_path / "model")
     renew(tmp_path / "model", "{{ strftime_now('%d') }}")
     out, more = tmp_path / "cut", ("--model", tmp_path / "model")
     cut(flags("sapo", out, *more), lambda source, t: t == 3)
-    Clock.day = 4
+    day[0] = 4
     assert train.main(flags("sapo", out, *more, "--resume")) == 0
     assert json.loads((out / "args.json").read_text())["date"][:10] == "2026-01-03"
     assert train.main(flags("sapo", tmp_path / "dated", *more, "--date", "2026-01-03")) == 0

@@ -272,7 +272,7 @@ def test_a_run_asks_each_question_once_stopped_or_not_and_writes_no_key(
 @pytest.mark.parametrize(
     "url",
     ["http://", "http:///v1", "http://a b/v1", "http://h\u00f6st/v1", "http://[::1/v1",
-     "http://host:port/v1", "http://host:99999/v1", f"http://me:{KEY}@host/v1"],
+     "http://host:port/v1", "http://host:99999/v1", "http://a..b/v1", f"http://me:{KEY}@host/v1"],
 )  # fmt: skip
 def test_addresses_that_cannot_be_right_are_told(url: str, tmp_path: Path, capsys: Any) -> None:
     began = time.monotonic()
