@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-import shapes  # noqa: F401
+import shapes  # noqa: F401 - it makes the product importable
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
