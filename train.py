@@ -181,7 +181,7 @@ def lr_at(c: Config, t: int, steps: int, peak: float) -> float:
 
 class Learner:
     """The models and the optimizer, and the `sapo.Run` of a source: it scores pairs, learns from
-    them, and generates. `roles` name the copies of `start` that stand beside the policy."""
+    them, and generates. `roles` are those of `Source`: copies of `start` beside the policy."""
 
     def __init__(
         self, c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks, *roles: str
@@ -190,7 +190,8 @@ class Learner:
         self.policy = ranks.build(start, c, "policy")
         self.optimizer = make_optimizer(self.policy, c)  # before a forward makes objects stale
         self.models = {"policy": self.policy}
-        self.models |= {role: ranks.build(start, c, role) for role in roles}
+        for role in sorted({*roles} | ({"reference"} if sapo.compares(c) else set())):  # one order
+            self.models[role] = ranks.build(start, c, role)
         self.known: dict[int, tuple[float, ...]] = {}  # the reference's log-probs, by pair
         self.version = 0  # of the reference that they are of
         self.bad_steps = self.skipped = 0  # updates left out: in a row, and in all
@@ -483,8 +484,7 @@ class Files:
         lm.write_weights(folder, dict(model.named_parameters()), fetch, self.ranks.first)
 
     def publish(self, folder: Path, write: Callable[[Path], None]) -> None:
-        """Writes a folder that appears whole or not at all: beside its place, then renamed. What
-        cannot be written whole, as where the disk is full, is taken away."""
+        """Writes a folder that appears whole or not at all, also where the disk is full."""
         partial = folder.with_name(f".{folder.name}")
         try:
             if self.ranks.first:
@@ -726,8 +726,7 @@ class Ranks:
             yield model
 
     def join(self, answers: list[Answer], asked: Sequence[Request]) -> list[Answer]:
-        """All answers on every rank, of which this one has every world-th. No pickle: a table of
-        lengths, log-probs and padded tokens."""
+        """All answers on every rank, which has every world-th: as a table of numbers, no pickle."""
         if self.world == 1:
             return answers
         most = max((budget for _, budget, _ in asked), default=0)
@@ -894,9 +893,8 @@ def parse_args(argv: Sequence[str]) -> Config:
 def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
     """The flags that were given, and that neither the method nor its loss or optimizer reads."""
     kind = SOURCES[c.method][1]
-    read = Config.__annotations__.keys() | {
-        f.name for f in (dataclasses.fields(kind) if kind else ())
-    }
+    own = dataclasses.fields(kind) if kind else ()
+    read = Config.__annotations__.keys() | {f.name for f in own}
     idle = {
         "beta": c.loss is None,
         "orpo_lambda": c.loss != "orpo",
@@ -1032,8 +1030,7 @@ def run(c: Config, ranks: Ranks) -> None:
     told += f"{len(rows)} rows, {steps} steps, rate {' '.join(map(str, c.lr))}, {c.optimizer}, "
     if ranks.first:
         print(told + c.precision, *counts, sep="\n", flush=True)
-    trace = Trace(c) if c.trace is not None else None
-    claim(c, ranks, saved, read)
+    trace = claim(c, ranks, saved, read)
     if not c.model and not start.exists():
         pretrain(c, start, tokenizer, ranks)
     files = Files(ranks, tokenizer, out / "metrics.jsonl", out / "final", c.method)
@@ -1046,8 +1043,7 @@ def run(c: Config, ranks: Ranks) -> None:
             files.before, start = train_improver(c, start, read, files), models["improver"]
     if on_tasks and c.method != "sft" and not models["sft control"].exists():
         control(c, models["start"], files, files.before + steps)
-    roles = sorted({*source.roles, *(["reference"] if sapo.compares(c) else [])})  # on all ranks
-    learner = Learner(c, start, tokenizer, ranks, *roles)
+    learner = Learner(c, start, tokenizer, ranks, *source.roles)
     fit(c, learner, source(rows, learner), files)
     if ranks.first:
         (out / ".generated.jsonl").unlink(missing_ok=True)
@@ -1098,8 +1094,8 @@ def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]
     return read, told
 
 
-def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, list[Any]]) -> None:
-    """Takes --out for this run, or on resume checks that the run in it was started alike."""
+def claim(c: Config, ranks: Ranks, saved: dict[str, Any], read: dict[str, Any]) -> Trace | None:
+    """Takes --out for this run, or checks on resume that it was started alike; makes its trace."""
     out, now = Path(c.out), dataclasses.asdict(c)
     found = {name: functools.reduce(hash_seed, rows, 0) for name, rows in read.items()}
     made = "start control metrics.jsonl final checkpoints improver improver_targets.jsonl"
@@ -1119,11 +1115,15 @@ def claim(c: Config, ranks: Ranks, saved: Mapping[str, Any], read: Mapping[str, 
         raise InputError(f"--resume with another {name} than {out} was started with")
     for name in [name for name in ("steps", "epochs") if saved and saved[name] != now[name]]:
         say(f"warning: --{name} was {saved[name]} and is {now[name]}: the schedule bends")
-
-    if ranks.first and not saved:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".generated.jsonl").unlink(missing_ok=True)  # of a run that left nothing else
-        write_rows(out / "args.json", [now | {"inputs": found}])
+    try:
+        trace = Trace(c) if c.trace is not None else None
+        if ranks.first and not saved:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / ".generated.jsonl").unlink(missing_ok=True)  # of a run that left nothing else
+            write_rows(out / "args.json", [now | {"inputs": found}])
+    except OSError as error:
+        raise InputError(f"--trace or --out cannot be written: {error}") from None
+    return trace
 
 
 START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other

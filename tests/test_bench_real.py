@@ -105,7 +105,10 @@ def test_all_arms_train_and_are_measured_once(tmp_path: Path, calls: Any, capsys
     assert len(calls) == len(real.ARMS) and "warning" not in printed
     assert held_out["reward margin"][0] == "-" and "-" not in held_out["reward margin"][1:]
     assert answers["as the start's, %"][0] == "100.0"
-    assert all(cell.isdecimal() for cell in answers["seconds of training"][1:])  # whole ones
+    assert all(cell.isdecimal() for cell in answers["seconds of training"][1:])  # rounded
+    trained = [*tmp_path.rglob("*.trained.json")]
+    assert len(trained) == len(real.ARMS)
+    assert all(json.loads(file.read_text())["told"] > 0 for file in trained)
     steps = dict(zip(logs[""], logs["steps"], strict=True))
     improver = int(json.loads((tmp_path / "sgpo-gold/improver_filter.json").read_text())["steps"])
     assert {steps[arm] for arm in real.ARMS if arm != "sgpo-gold"} == {"4"}

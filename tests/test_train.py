@@ -404,7 +404,7 @@ BAD_FLAGS = (
 --replay-capacity 63: --replay-capacity 63 is below --batch-size 64; --trace x.st --resume
 --chat-template magic; --chat-template llama3: llama3; --date yesterday; --date 2026-02-30
 --data missing.jsonl: missing.jsonl; --eval-data missing.jsonl: missing.jsonl; --data
---model missing: missing; --out /proc/nowhere: /proc/nowhere; --out LONG: xxx; --model LONG: xxx
+--model missing: missing; --out /proc/nowhere; --out LONG: xxx; --model LONG: xxx
 --beta 0.1 --loss orpo: --orpo-lambda; --beta 0.1 --method orpo: --orpo-lambda
 --method spin --lr 1e-4 -1: --lr; --method spin --beta 0: --beta; --method spin --rounds 0: --rounds
 --method spin --iterations 2: --iterations; --lr 1 1; --beta 1 1; --method dpo --lr 1 1: --lr

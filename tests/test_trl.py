@@ -55,9 +55,8 @@ def pairs(prompts: int = 4) -> list[Pair]:
 def ours(start: Path, batch: list[Pair], *flags: str) -> tuple[dict[str, float], Any]:
     """Our metrics and the learner that has the gradient; the reference is another model."""
     c = train.parse_args(["--model", str(start), "--data", "x", "--max-length", "64", *flags])
-    roles = ["reference"] if compares(c) else []
-    learner = train.Learner(c, start, data.load_tokenizer(start), train.Ranks(), *roles)
-    if roles:
+    learner = train.Learner(c, start, data.load_tokenizer(start), train.Ranks())
+    if compares(c):
         copy_weights(learner.models["reference"], random_model(learner.policy.config, 4))
     return train.summary(batch, learner.score(batch, 0, learn=True), c), learner
 

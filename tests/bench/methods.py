@@ -341,8 +341,7 @@ def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
             pairs = [data.encode_example(tokenizer, example) for example in examples]
             tokens["generated"] += greedy * sum(len(pair.chosen) for pair in pairs)
             kind = train.SOURCES[c.method][0]
-            roles = dict.fromkeys([*kind.roles, *["reference"] * sapo.compares(c)])
-            learner = train.Learner(c, base, tokenizer, ranks, *roles)
+            learner = train.Learner(c, base, tokenizer, ranks, *kind.roles)
             rows = [*zip(examples, pairs, strict=True)] if alone else pairs
             train.fit(c, learner, kind(rows, learner), files)
     told: dict[str, Any] = {"seconds": 0.0}  # of the start itself

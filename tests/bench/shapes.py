@@ -22,7 +22,7 @@ import data  # noqa: E402
 import model as lm  # noqa: E402
 import train  # noqa: E402
 from data import Pair  # noqa: E402
-from sapo import Source, compares  # noqa: E402
+from sapo import Source  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,8 @@ def source_of(
     """A source of the product's on rows of tokens, handed a learner as train.py makes it."""
     argv = ["--model", folder, "--data", "none", "--schedule", "constant", "--warmup", 0, *flags]
     config = train.parse_args([*map(str, argv)])
-    roles = dict.fromkeys([*kind.roles, *["reference"] * compares(config)])
     tokenizer = data.load_tokenizer(folder)
-    return kind(rows, train.Learner(config, folder, tokenizer, ranks, *roles))
+    return kind(rows, train.Learner(config, folder, tokenizer, ranks, *kind.roles))
 
 
 def step(source: Source, t: int) -> dict[str, float]:
