@@ -439,7 +439,7 @@ def watched(pairs):
 learner.shares = watched
 pairs = [Pair([*range(9)], [*range(n, 40)], [*range(n, 60)]) for n in (10, 15, 20, 25, 30, 35)]
 learner.score(pairs, 0, learn=True)
-print("held", max(held))
+sys.stdout.write(f"held {max(held)}\\n")  # in one piece: ranks share the pipe, unbuffered
 """
 
 
