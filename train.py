@@ -127,16 +127,15 @@ def evaluate(c: Config, learner: Learner, source: Source, files: Files) -> Row:
     """Held-out rows scored as training pairs are, those without a rejected side with one that the
     source makes; and accuracy, in runs on the built-in tasks."""
     row, began = Row(), time.perf_counter()
-    with learner.clock("eval"):
-        if files.eval_rows:
-            new = iter(source.spoil([pair for pair in files.eval_rows if not pair.rejected]))
-            pairs = [pair if pair.rejected else next(new) for pair in files.eval_rows]
-            table = learner.score(pairs, source.reference_version, learn=False)
-            row |= {f"eval/{key}": value for key, value in summary(pairs, table, c).items()}
-        if files.on_tasks:
-            with learner.ranks.decoder(learner.policy) as ready:
-                shares = sample.task_accuracy(ready, files.tokenizer, c.seed, 0.0, "validation")
-            row |= {f"eval/accuracy/{kind}": share for kind, share in shares.items()}
+    if files.eval_rows:
+        new = iter(source.spoil([pair for pair in files.eval_rows if not pair.rejected]))
+        pairs = [pair if pair.rejected else next(new) for pair in files.eval_rows]
+        table = learner.score(pairs, source.reference_version, learn=False)
+        row |= {f"eval/{key}": value for key, value in summary(pairs, table, c).items()}
+    if files.on_tasks:
+        with learner.ranks.decoder(learner.policy) as ready:
+            shares = sample.task_accuracy(ready, files.tokenizer, c.seed, 0.0, "validation")
+        row |= {f"eval/accuracy/{kind}": share for kind, share in shares.items()}
     return row | {"seconds/eval": time.perf_counter() - began}
 
 
@@ -146,7 +145,7 @@ def summary(pairs: Sequence[Pair], table: Table, c: Config) -> Row:
     row = {"nll": -float(table["logps/chosen"].sum()) / sum(len(p.chosen) for p in pairs)}
     row["loss"] = float(table["losses"].mean()) + c.nll_weight * row["nll"]
     row["logps/chosen"] = float(table["logps/chosen"].mean())
-    row["tokens/policy"] = float(table["tokens"].sum())
+    row["tokens/policy"] = float(sum(map(lm.tree_size, pairs)))
     if c.loss is not None and all(pair.rejected for pair in pairs):
         good, bad = table["rewards/chosen"], table["rewards/rejected"]
         unlike = torch.tensor([pair.rejected != pair.chosen for pair in pairs])
@@ -247,8 +246,7 @@ class Learner:
         """(N, 2) float32 on every rank: `sums` under the reference, once for a pair, and kept until
         that is another `version`. `keep`: not held-out pairs."""
         if version != self.version:
-            self.version = version
-            self.known.clear()
+            self.version, self.known = version, {}
         keys = [hash_seed(*pair[:3]) for pair in pairs]
         missing = {k: p for k, p in zip(keys, pairs, strict=True) if k not in self.known}
         with self.clock("reference"):
@@ -257,8 +255,7 @@ class Learner:
         found = self.known | dict(zip(missing, sums, strict=True))
         if keep:
             self.known = found
-        rows = [found[key] for key in keys]
-        return torch.tensor(rows, dtype=torch.float32, device=self.ranks.device).view(-1, 2)
+        return torch.tensor([found[key] for key in keys], device=self.ranks.device)
 
     def score(self, pairs: Sequence[Pair], version: int, learn: bool) -> Table:
         """COLUMNS on every rank; `learn`: the gradient too. `version`: of the reference."""
@@ -278,9 +275,8 @@ class Learner:
                 loss = loss - c.nll_weight * (policy[0] * weights).sum() / tokens
                 if learn:  # FSDP averages gradients over ranks; the sum is wanted
                     (loss * self.ranks.world).backward()
-            sizes = torch.tensor([lm.tree_size(pair) for pair in batch], device=loss.device)
             segments = sapo.segment_logprobs(batch, parts).unbind(1)
-            columns = (losses, *policy[:2], *reference, *rewards, *segments, sizes)
+            columns = (losses, *policy[:2], *reference, *rewards, *segments)
             values = torch.stack([column.detach().double() for column in columns], 1)
             stats[places] += values * weights[:, None]
         table = self.ranks.sum(stats).cpu()  # once: each number read from a device waits for it
@@ -324,13 +320,12 @@ class Learner:
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the policy's weights, by name, sharded as it lies."""
         tree = dict[str, Tensor]()
-        for role, model in self.models.items():
+        for name, parameter in self.policy.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tree[f"optimizer.{name}.{key}"] = value
+        for role, model in [*self.models.items()][1:]:  # all but the policy
             for name, parameter in model.named_parameters():
-                if role != "policy":
-                    tree[f"{role}.{name}"] = parameter
-                    continue
-                for key, value in self.optimizer.state[parameter].items():
-                    tree[f"optimizer.{name}.{key}"] = value
+                tree[f"{role}.{name}"] = parameter
         tree["known.keys"] = torch.tensor([*self.known], dtype=torch.int64)
         tree["known.logps"] = torch.tensor([*self.known.values()], dtype=torch.float64).view(-1, 2)
         tree["counts"] = torch.tensor([self.bad_steps, self.skipped, self.version])
@@ -338,25 +333,21 @@ class Learner:
 
     def load_state_dict(self, tree: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave, each rank its shards."""
-        for role, model in self.models.items():
-            for name, parameter in model.named_parameters():
-                if role != "policy":
-                    self.ranks.place(parameter, tree[f"{role}.{name}"])
-                    continue
-                prefix, state = f"optimizer.{name}.", self.optimizer.state[parameter]
-                for key in [name.removeprefix(prefix) for name in tree if name.startswith(prefix)]:
-                    state[key] = tree[prefix + key]
-                    if key != "step":
-                        state[key] = torch.zeros_like(parameter).detach()
-                        self.ranks.place(state[key], tree[prefix + key])
+        for name, parameter in self.policy.named_parameters():
+            prefix, state = f"optimizer.{name}.", self.optimizer.state[parameter]
+            for key in [name.removeprefix(prefix) for name in tree if name.startswith(prefix)]:
+                like = torch.zeros(()) if key == "step" else parameter
+                state[key] = torch.zeros_like(like).detach()
         logps = map(tuple, tree["known.logps"].tolist())
         self.known = dict(zip(tree["known.keys"].tolist(), logps, strict=True))
         self.bad_steps, self.skipped, self.version = tree["counts"].tolist()
+        for name, value in self.state_dict().items():
+            self.ranks.place(value, tree[name])
 
 
-# The last five: log-probs of B, of B', of C after B and after B', by the policy; tokens computed.
+# The last four: the policy's log-probs of B, of B', of C after B and of C after B'.
 COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejected rewards/chosen
-    rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest tokens""".split()  # noqa: SIM905
+    rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest""".split()  # noqa: SIM905
 
 
 def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
@@ -615,11 +606,6 @@ def outline(folder: Path) -> Transformer:
     return model
 
 
-def local(value: Tensor) -> Tensor:
-    """This rank's share of a tensor, itself where it is not sharded."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 class Ranks:
     """The processes of the run; nothing else knows how many there are."""
 
@@ -668,9 +654,9 @@ class Ranks:
     def place(self, parameter: Tensor, value: Tensor) -> None:
         """parameter <- this rank's share of a whole value."""
         if isinstance(parameter, DTensor):
-            chunks = value.chunk(self.world)
+            chunks, parameter = value.chunk(self.world), parameter.to_local()
             value = chunks[self.rank] if self.rank < len(chunks) else value[:0]
-        local(parameter).copy_(value)
+        parameter.copy_(value)
 
     def whole(self, value: Tensor) -> Tensor:
         """The whole of a sharded tensor, on every rank (collective)."""
@@ -684,8 +670,7 @@ class Ranks:
 
     def norm(self, model: nn.Module) -> float:
         """The root of the sum of all squared weights, summed in float64 (collective)."""
-        squares = sum(local(p).detach().double().square().sum() for p in model.parameters())
-        return math.sqrt(float(self.sum(torch.as_tensor(squares).to(self.device))))
+        return math.sqrt(sum(self.whole(p.double().square().sum()) for p in model.parameters()))
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -719,7 +704,8 @@ class Ranks:
         if self.world > 1 or dtype != model.dtype or self.device != model.device:
             weights = {name: p.detach() for name, p in model.named_parameters()}
             cast = {name: torch.empty_like(weight, dtype=dtype) for name, weight in weights.items()}
-            torch._foreach_copy_([*map(local, cast.values())], [*map(local, weights.values())])
+            for name, weight in weights.items():
+                cast[name].copy_(weight)
             whole = {name: self.whole(weight).to(self.device) for name, weight in cast.items()}
             model = lm.with_weights(model.config, whole)
         with torch.compiler.set_stance("force_eager"):
@@ -1151,21 +1137,16 @@ def sft(c: Config, start: Path, examples: list[data.Example], files: Files, **ho
 
 def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:
     """Makes the built-in start: SFT on answers of mixed quality, a fifth of them rewritings."""
-    blank = start.with_name(".blank")
     if ranks.first:
         print("pre-training the built-in start", flush=True)
-        shutil.rmtree(blank, ignore_errors=True)
-        sizes = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_ids[0]}
-        fresh = Transformer(lm.Config.from_dict(START_MODEL | sizes))
-        fresh.init_weights(c.seed)
-        fresh.save_pretrained(blank)
-        tokenizer.save(blank)
-    ranks.agree(False)  # all wait for it
+    sizes = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_ids[0]}
+    fresh = Transformer(lm.Config.from_dict(START_MODEL | sizes))
+    fresh.init_weights(c.seed)
     examples = data.task_examples("pretrain", START["steps"] * START["batch_size"], c.seed, 0.2)
     files = Files(ranks, tokenizer, start.with_suffix(".jsonl"), start, "sft")
-    sft(c, blank, examples, files, **START)
-    if ranks.first:
-        shutil.rmtree(blank)
+    with tempfile.TemporaryDirectory() as blank:  # each rank's own
+        fresh.save_pretrained(blank)
+        sft(c, Path(blank), examples, files, **START)
 
 
 def control(c: Config, start: Path, files: Files, steps: int) -> None:
