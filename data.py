@@ -40,6 +40,7 @@ from sentencepiece import SentencePieceProcessor
 
 from model import InputError, hash_seed, read_json, reading
 
+Ids = list[int]  # of tokens
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}, oldest first
 Turns = list[dict[str, str]]  # the same, read and checked
 
@@ -57,9 +58,9 @@ class Cut(NamedTuple):
 class Pair(NamedTuple):
     """A prompt with a better and a worse response, as token ids. `rejected` may be empty."""
 
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
     cut: Cut | None = None
 
 
@@ -83,8 +84,6 @@ def encode_examples(
     A row whose prompt has `max_prompt_length` tokens or more is dropped (the official SAPO code's
     rule); responses are cut so that prompt and response have at most `max_length` tokens.
     Raises InputError where no row is left, and for a row that the chat template refuses."""
-    if not 0 < max_prompt_length <= max_length:
-        raise InputError(f"max prompt length {max_prompt_length} is not from 1 to {max_length}")
     counts = {"rows": len(examples), "dropped_prompt": 0, "cut_response": 0, "cut_rejected": 0}
     kept, pairs = [], []
     for example in examples:
@@ -138,12 +137,11 @@ REJECTED_KEYS = ("rejected", "generated")
 def load_examples(
     paths: str | Path | Sequence[str | Path], rejected: bool | None = False, prompts: bool = False
 ) -> list[Example]:
-    """The rows of JSON or JSONL files, in order. Raises InputError naming file and line.
-
-    Rows are `{"messages"}`, `{"prompt", "chosen", "rejected"}`, `{"prompt", "response"}` or
-    `{"real", "generated"}`; each side is text or messages, with or without the prompt before it.
-    `rejected`: each row must have a rejected side; None: it may; False: that is not even looked at.
-    `prompts`: a row may end with the user's turn, and then has the response ""."""
+    """The rows of JSON or JSONL files in order: `{"messages"}`, `{"prompt", "chosen", "rejected"}`,
+    `{"prompt", "response"}` or `{"real", "generated"}`; each side is text or messages, with or
+    without the prompt before it. Raises InputError naming file and line. `rejected`: each row must
+    have a rejected side; None: it may; False: that is not even looked at. `prompts`: a row may end
+    with the user's turn, and then has the response ""."""
     files = [paths] if isinstance(paths, str | Path) else paths
     return [_example(*found, rejected, prompts) for file in files for found in read_rows(file)]
 
@@ -438,9 +436,7 @@ class Tokenizer:
             raise InputError(f"token id {min(ids)} is negative")
         return self.codec.decode([int(i) for i in ids if int(i) in self.table])
 
-    def apply_chat_template(
-        self, messages: Messages, add_generation_prompt: bool = False
-    ) -> list[int]:
+    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = False) -> Ids:
         """Token ids of the rendered conversation. Raises InputError where the template refuses."""
         return self.encode(self.render(messages, add_generation_prompt))
 
@@ -719,12 +715,11 @@ def _pattern(pre: Any, path: Path) -> str:
 def _token_order(
     vocab: dict[str, int], merges: Sequence[Sequence[str]], whole: bool, path: Path
 ) -> list[str]:
-    """The tokens that merging can reach, by the rank of the merge that makes them.
-
-    tiktoken merges any two neighbours whose bytes are a token; `tokenizer.json` only listed pairs.
-    The two agree if each token's own bytes merge into it by listed pairs: had another pair met,
-    with a better rank, it would have met there too. tiktoken must not know a token that fails this;
-    unless it stands for a piece that equals it (`whole`, in the file ignore_merges)."""
+    """The tokens that merging can reach, by the rank of the merge that makes them: tiktoken merges
+    any two neighbours whose bytes are a token; `tokenizer.json` only listed pairs. The two agree if
+    each token's own bytes merge into it by listed pairs: had another pair met, with a better rank,
+    it would have met there too. tiktoken must not know a token that fails this; unless it stands
+    for a piece that equals it (`whole`, in the file ignore_merges)."""
     ranks: dict[tuple[str, ...], int] = {(a, b): rank for rank, (a, b) in enumerate(merges)}
     made = {"".join(pair) for pair in ranks}
     if not made <= vocab.keys():
@@ -773,10 +768,9 @@ _SHARES = {"test": (0, 1), "validation": (1, 2), "pretrain": (2, 10), "clean": (
 
 
 def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> list[Example]:
-    """`n` examples of the built-in tasks, kinds in turn: the first k of n are those of k.
-
-    split: "pretrain" has all kinds and answers of which half are right, and for `rewrite_share` of
-    its rows REWRITE_PROMPT with a draft, the response being another draft; "clean" has seen kinds,
+    """`n` examples of the built-in tasks, kinds in turn: the first k of n are those of k. Of splits
+    "pretrain" has all kinds and answers of which half are right, and for `rewrite_share` of its
+    rows REWRITE_PROMPT with a draft, the response being another draft; "clean" has seen kinds,
     "validation" and "test" have all, with right answers and a flawed `rejected`. A prompt's hash
     puts it in one of test, validation and training, so that these share none."""
     if split not in _SHARES:

@@ -39,7 +39,7 @@ import numpy as np
 
 import data
 import sapo
-from data import Cut, Example, Messages, Pair, Target, TargetServer, Tokenizer
+from data import Cut, Example, Messages, Pair, Target, TargetServer, Tokenizer, Turns
 from model import InputError, Positive, Weight, hash_seed
 from sapo import Answer, Run, batch_indices, describe, ended, request
 
@@ -76,7 +76,6 @@ could have written the result itself. Use the reference to tell what is right; d
 Write the improved answer alone."""
 
 Ask = tuple[Example, Pair]  # a prompt, and its gold response or an empty one: as text, as tokens
-Turns = list[dict[str, str]]
 
 
 class SGPO(sapo.Source):
@@ -171,11 +170,9 @@ def improver_rows(
     targets: Sequence[Target], asks: Sequence[Ask], run: Run
 ) -> tuple[list[Pair], dict[str, Any]]:
     """The rows that make pi_0 an improver, and what the fence did, as JSON: quartiles, fence (None:
-    --fence-k is 0), how many fell. Raises InputError where no target fits.
-
-    The rows are I(x, y0) -> y*, for each target that fits into `max_length` and whose perplexity is
-    not above the fence, and x -> gold, so many that these are --improver-mix of all.
-    """
+    --fence-k is 0), how many fell. The rows are I(x, y0) -> y*, for each target that fits into
+    `max_length` and whose perplexity is not above the fence, and x -> gold, so many that these are
+    --improver-mix of all. Raises InputError where no target fits."""
     c, tokenizer, rows, given = run.config, run.tokenizer, list[Pair](), list[Pair]()
     for i, target in enumerate(targets, 1):
         asked = improver_prompt(target.messages, target.response, c.improver_instruction)
@@ -239,7 +236,9 @@ def improver_prompt(
     which is the user's. It gives way to `instruction`, in which its text stands for {prompt} and
     the answer for {answer}; earlier turns stay as they are. With TARGET as the instruction they ask
     the stronger model, which is also told the gold response."""
-    last = fill(instruction, prompt=messages[-1]["content"], gold=gold, answer=answer)
+    texts = {"prompt": messages[-1]["content"], "gold": gold, "answer": answer}
+    # All at once: braces in what is filled in stay as they are.
+    last = re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), instruction)
     return [*map(dict, messages[:-1]), {"role": "user", "content": last}]
 
 
@@ -261,11 +260,6 @@ def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
         told = f"none of the {len(asks)} prompts fits into --max-length {c.max_length}"
         raise InputError(f"{told} with --improver-instruction around it")
     return kept
-
-
-def fill(template: str, **values: str) -> str:
-    """The template with each {name} replaced; braces in what is filled in stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
 
 
 def as_prompt(messages: Messages) -> Any:

@@ -199,7 +199,8 @@ class Learner:
     def begin_step(self, beta: float) -> None:
         """Sets the step's beta, its clocks, and its tokens sampled and seen by the reference."""
         self.beta, self.seconds = beta, dict[str, float]()
-        self.generated = self.referred = 0
+        phases = ["generate", "reference"] if sapo.compares(self.config) else ["generate"]
+        self.tokens = {f"tokens/{phase}": 0.0 for phase in phases}
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -214,9 +215,7 @@ class Learner:
     def spent(self, pairs: Sequence[Pair], seconds: float) -> Row:
         """The step's clocks and counts. `tokens_per_second` counts separate sequences."""
         tokens = sum(len(x) * (1 + bool(z)) + len(y) + len(z) for x, y, z, _ in pairs)
-        row = {"skipped": float(self.skipped), "tokens/generate": float(self.generated)}
-        if sapo.compares(self.config):
-            row["tokens/reference"] = float(self.referred)
+        row = {"skipped": float(self.skipped)} | self.tokens
         row["tokens_per_second"] = tokens / seconds
         return row | {f"seconds/{name}": value for name, value in self.seconds.items()}
 
@@ -251,7 +250,7 @@ class Learner:
         missing = {k: p for k, p in zip(keys, pairs, strict=True) if k not in self.known}
         with self.clock("reference"):
             sums = self.sums(self.models["reference"], [*missing.values()])
-        self.referred += sum(map(lm.tree_size, missing.values()))
+        self.tokens["tokens/reference"] += sum(map(lm.tree_size, missing.values()))
         found = self.known | dict(zip(missing, sums, strict=True))
         if keep:
             self.known = found
@@ -314,7 +313,7 @@ class Learner:
 
         with self.clock("generate"), ranks.decoder(model) as ready:
             done = kept(c, ranks, asked, write, ranks.norm(model)) if keep else write(asked)
-        self.generated += sum(len(tokens) for tokens, _ in done)
+        self.tokens["tokens/generate"] += sum(len(tokens) for tokens, _ in done)
         return done
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -500,31 +499,27 @@ def kept(
     """The rows' answers: those in a file, of the same row and model (`stamp`), and others written,
     some at a time, so that a run that is Stopped here keeps them."""
     path, size = Path(c.out) / ".generated.jsonl", 8 * c.generate_batch_size * ranks.world
-    keys = [hash_seed(stamp, *row) for row in rows]
+    asked = {hash_seed(stamp, *row): row for row in rows}  # no two are equal: seeds differ
     known = {row["key"]: (row["tokens"], row["logp"]) for row in json_lines(path)}
-    left = [i for i, key in enumerate(keys) if key not in known]
+    left = [key for key in asked if key not in known]
     for first in range(0, len(left), size):
         some = left[first : first + size]
-        new = zip(some, write([rows[i] for i in some]), strict=True)
-        told = [{"key": keys[i], "tokens": tokens, "logp": logp} for i, (tokens, logp) in new]
-        known |= {row["key"]: (row["tokens"], row["logp"]) for row in told}
+        known |= zip(some, write([asked[key] for key in some]), strict=True)
         if ranks.first:
-            append(path, told)
+            append(path, ({"key": k, "tokens": known[k][0], "logp": known[k][1]} for k in some))
         if ranks.agree(ranks.asked_to_stop):
             raise Stopped("stopped while answers were generated; --resume goes on")
-    return [known[key] for key in keys]
+    return [known[key] for key in asked]
 
 
 class Trace:
-    """The first steps of a run in one safetensors file (`--trace`), to check another program by.
-
+    """The first steps of a run in one safetensors file (`--trace`), to check another program by:
     step/... (S,): step, loss, nll, grad_norm (before clipping), lr, beta, norm/policy (after
         the step), norm/ema and norm/reference (in it)
     pair/... (N,): step, COLUMNS, place (where it was drawn from: the replay buffer with the
         fresh pairs in it, 0 the oldest; SPIN's pool; SGPO's round; the rows), `sapo.pack`
     fresh/...: step and `sapo.pack` of the pairs made at a step, in the order they were stored
-    and in the metadata, as JSON under "args", the flags, save names of files.
-    """
+    In the metadata, as JSON under "args": the flags, save names of files."""
 
     def __init__(self, c: Config) -> None:
         self.path, self.parts = Path(c.trace or ""), list[dict[str, Tensor]]()
@@ -702,11 +697,8 @@ class Ranks:
         weights at hand, as ranks stop at different times and must not wait for each other."""
         dtype = model.compute_dtype or model.dtype
         if self.world > 1 or dtype != model.dtype or self.device != model.device:
-            weights = {name: p.detach() for name, p in model.named_parameters()}
-            cast = {name: torch.empty_like(weight, dtype=dtype) for name, weight in weights.items()}
-            for name, weight in weights.items():
-                cast[name].copy_(weight)
-            whole = {name: self.whole(weight).to(self.device) for name, weight in cast.items()}
+            named = model.named_parameters()
+            whole = {name: self.whole(p.to(self.device).to(dtype)) for name, p in named}
             model = lm.with_weights(model.config, whole)
         with torch.compiler.set_stance("force_eager"):
             yield model
@@ -845,7 +837,6 @@ def parse_args(argv: Sequence[str]) -> Config:
     for name, values in RECIPES.items():
         told.append(f"  {name}\n    {' '.join(f'{key}={value}' for key, value in values.items())}")
     parser = sample.Parser(
-        prog="train.py",
         description=(__doc__ or "").split("\n")[0],
         epilog="\n".join(told),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1041,18 +1032,15 @@ def run(c: Config, ranks: Ranks) -> None:
 
 
 def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]], list[str]]:
-    """What a run reads, by its flag: rows as text and as tokens, and what else a resumed one must
-    find as it was; and lines on what was dropped and cut. InputErrors before targets are paid for.
-    """
+    """What a run reads, by its flag: rows as text and tokens, and what else a resumed one must find
+    as it was; and lines on what was dropped. InputErrors come before targets are paid for."""
     read: dict[str, list[Any]] = {"tokenizer or chat template": [tokenizer.digest()]}
     paired, told = SOURCES[c.method][0] is Source, list[str]()  # it takes the rows' rejected sides
 
     def rows(paths: list[str] | None, n: int = 128, **how: Any) -> list[sgpo.Ask]:
-        found = (
-            data.load_examples(paths, **how) if paths else data.task_examples("clean", n, c.seed)
-        )
+        text = data.load_examples(paths, **how) if paths else data.task_examples("clean", n, c.seed)
         limits = (c.max_length, c.max_prompt_length or 0)
-        examples, pairs, counts = data.encode_examples(found, tokenizer, *limits)
+        examples, pairs, counts = data.encode_examples(text, tokenizer, *limits)
         told.append(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
         return [*zip(examples, pairs, strict=True)]
 
@@ -1159,8 +1147,7 @@ def control(c: Config, start: Path, files: Files, steps: int) -> None:
 
 
 def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files: Files) -> int:
-    """SGPO's first phase, OUT/improver: the start, fine-tuned to improve its own answers. Returns
-    the steps it took."""
+    """SGPO's first phase, OUT/improver: the start, taught to improve its own answers. Its steps."""
     folder, note = files.final.with_name("improver"), files.final.with_name("improver_filter.json")
     if folder.exists():
         return int(lm.read_json(note)["steps"])
