@@ -84,6 +84,8 @@ def encode_examples(
     A row whose prompt has `max_prompt_length` tokens or more is dropped (the official SAPO code's
     rule); responses are cut so that prompt and response have at most `max_length` tokens.
     Raises InputError where no row is left, and for a row that the chat template refuses."""
+    if not 0 < max_prompt_length <= max_length:
+        raise InputError(f"max prompt length {max_prompt_length} is not from 1 to {max_length}")
     counts = {"rows": len(examples), "dropped_prompt": 0, "cut_response": 0, "cut_rejected": 0}
     kept, pairs = [], []
     for example in examples:
