@@ -356,14 +356,17 @@ def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
 
 @torch.no_grad()
 def ema_update(ema: nn.Module, policy: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * policy, matched by name, in the EMA's own type (fp32)."""
+    """ema <- decay * ema + (1 - decay) * policy, matched by name, in the EMA's own type (fp32). One
+    in (pinned) host memory goes through the policy's device, a parameter at a time."""
     named = dict(policy.named_parameters())
     ours, theirs = zip(*((a, named[name]) for name, a in ema.named_parameters()), strict=True)
     if ours[0].device == theirs[0].device:
         torch._foreach_lerp_(ours, theirs, 1 - decay)
-    else:  # the EMA is in host memory, where there is no room for all of the policy too
-        for a, b in zip(ours, theirs, strict=True):
-            a.lerp_(b.to(a.device), 1 - decay)
+        return
+    for a, b in zip(ours, theirs, strict=True):
+        there = a.to(b.device, non_blocking=True)
+        torch._foreach_lerp_([there], [b], 1 - decay)
+        a.copy_(there, non_blocking=a is not ours[-1])  # the last one waits for all
 
 
 @torch.no_grad()

@@ -104,7 +104,7 @@ def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
 
 def step(c: Config, learner: Learner, source: Source, t: int) -> Seen:
     """One update: pairs, gradients over micro-batches, clipping, the optimizer."""
-    began, (number, first, end) = time.perf_counter(), source.stretch(t)
+    number, first, end = source.stretch(t)
     if t == first:  # SPIN's iterations and SGPO's rounds are runs of their own
         learner.optimizer.state.clear()
     learner.begin_step(c.beta[: number + 1][-1])
@@ -119,7 +119,7 @@ def step(c: Config, learner: Learner, source: Source, t: int) -> Seen:
         row |= summary(pairs, table, c)
         with learner.clock("optimizer"):
             row["grad_norm"] = learner.update(lr, row["loss"])
-    row |= source.metrics | learner.spent(pairs, time.perf_counter() - began)
+    row |= source.metrics | learner.spent(pairs)
     return pairs, table, row
 
 
@@ -198,47 +198,49 @@ class Learner:
 
     def begin_step(self, beta: float) -> None:
         """Sets the step's beta, its clocks, and its tokens sampled and seen by the reference."""
-        self.beta, self.seconds = beta, dict[str, float]()
+        self.beta, self.marks = beta, [("", self.ranks.moment())]  # whose time begins, and when
         phases = ["generate", "reference"] if sapo.compares(self.config) else ["generate"]
         self.tokens = {f"tokens/{phase}": 0.0 for phase in phases}
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Adds the time within to `seconds[name]`, less that of clocks within this one."""
-        began, before = time.perf_counter(), sum(self.seconds.values())
+        """The time within is of that name, but for the time of clocks within this one."""
+        outer = self.marks[-1][0]
+        self.marks.append((name, self.ranks.moment()))
         yield
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        inner = sum(self.seconds.values()) - before
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began - inner
+        self.marks.append((outer, self.ranks.moment()))
 
-    def spent(self, pairs: Sequence[Pair], seconds: float) -> Row:
+    def spent(self, pairs: Sequence[Pair]) -> Row:
         """The step's clocks and counts. `tokens_per_second` counts separate sequences."""
+        names, moments = zip(*self.marks, ("", self.ranks.moment()), strict=True)
+        at = self.ranks.seconds(moments)
         tokens = sum(len(x) * (1 + bool(z)) + len(y) + len(z) for x, y, z, _ in pairs)
         row = {"skipped": float(self.skipped)} | self.tokens
-        row["tokens_per_second"] = tokens / seconds
-        return row | {f"seconds/{name}": value for name, value in self.seconds.items()}
+        row["tokens_per_second"] = tokens / (at[-1] - at[0])
+        for name, begin, end in zip(names, at, at[1:], strict=False):
+            if name:
+                row[f"seconds/{name}"] = row.get(f"seconds/{name}", 0.0) + end - begin
+        return row
 
-    def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Pair], Tensor]]:
-        """This rank's micro-batches: places, pairs, weights. It has every world-th pair by length,
+    def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Tensor, Tensor]]:
+        """This rank's micro-batches: pairs, places, weights. It has every world-th pair by length,
         and one again with weight 0 where they do not come out even: all run as many passes."""
         count, size = len(pairs), self.config.micro_batch_size
         order = sorted(range(count), key=lambda i: sum(map(len, pairs[i][:3])))
         mine = order[self.ranks.rank :: self.ranks.world]
-        real = len(mine)
-        mine += order[-1:] * (math.ceil(count / self.ranks.world) - real)
-        for first in range(0, len(mine), size):
-            places = mine[first : first + size]
-            weights = torch.tensor([float(first + k < real) for k in range(len(places))])
-            yield places, [pairs[i] for i in places], weights.to(self.ranks.device)
+        weights = [1.0] * len(mine) + [0.0] * (math.ceil(count / self.ranks.world) - len(mine))
+        mine += order[-1:] * (len(weights) - len(mine))
+        parts = zip(*(self.ranks.send(x).split(size) for x in (mine, weights)), strict=True)
+        for first, part in zip(range(0, len(mine), size), parts, strict=False):
+            yield [pairs[i] for i in mine[first : first + size]], *part
 
     def sums(self, model: Transformer, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
         """Summed log-probs of chosen and rejected under a model, on every rank; no gradient."""
         table = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.ranks.device)
-        for places, batch, weights in self.shares(pairs):
-            with torch.no_grad():
+        with torch.no_grad(), passes(model, self.config, self.ranks):
+            for batch, places, weights in self.shares(pairs):
                 both = torch.stack(lm.pair_logprobs(model, batch)[:2], dim=1)
-            table[places] += both.double() * weights[:, None]
+                table[places] += both.double() * weights[:, None]
         return [*map(tuple, self.ranks.sum(table).tolist())]
 
     def reference_logps(self, pairs: Sequence[Pair], version: int, keep: bool) -> Tensor:
@@ -254,7 +256,7 @@ class Learner:
         found = self.known | dict(zip(missing, sums, strict=True))
         if keep:
             self.known = found
-        return torch.tensor([found[key] for key in keys], device=self.ranks.device)
+        return self.ranks.send([found[key] for key in keys])
 
     def score(self, pairs: Sequence[Pair], version: int, learn: bool) -> Table:
         """COLUMNS on every rank; `learn`: the gradient too. `version`: of the reference."""
@@ -264,20 +266,21 @@ class Learner:
         if sapo.compares(c) and pairs:
             references = self.reference_logps(pairs, version, keep=learn)
         tokens = sum(len(pair.chosen) for pair in pairs)
-        for places, batch, weights in self.shares(pairs):
-            reference = references[places].unbind(1)
-            with self.clock("policy"), torch.set_grad_enabled(learn):
-                parts = lm.pair_token_logprobs(self.policy, batch)
-                policy = lm.pair_sums(parts)
-                losses, *rewards = sapo.pair_loss(c, self.beta, policy, reference)
-                loss = (losses * weights).sum() / count
-                loss = loss - c.nll_weight * (policy[0] * weights).sum() / tokens
+        with self.clock("policy"), passes(self.policy, c, self.ranks):
+            for batch, places, weights in self.shares(pairs):
+                reference = references[places].unbind(1)
+                with torch.set_grad_enabled(learn):
+                    parts = lm.pair_token_logprobs(self.policy, batch)
+                    policy = lm.pair_sums(parts)
+                    losses, *rewards = sapo.pair_loss(c, self.beta, policy, reference)
+                    loss = (losses * weights).sum() / count
+                    loss = loss - c.nll_weight * (policy[0] * weights).sum() / tokens
                 if learn:  # FSDP averages gradients over ranks; the sum is wanted
                     (loss * self.ranks.world).backward()
-            segments = sapo.segment_logprobs(batch, parts).unbind(1)
-            columns = (losses, *policy[:2], *reference, *rewards, *segments)
-            values = torch.stack([column.detach().double() for column in columns], 1)
-            stats[places] += values * weights[:, None]
+                segments = sapo.segment_logprobs(batch, parts).unbind(1)
+                columns = (losses, *policy[:2], *reference, *rewards, *segments)
+                values = torch.stack([column.detach().double() for column in columns], 1)
+                stats[places] += values * weights[:, None]
         table = self.ranks.sum(stats).cpu()  # once: each number read from a device waits for it
         return dict(zip(COLUMNS, table.unbind(1), strict=True))
 
@@ -347,6 +350,25 @@ class Learner:
 # The last four: the policy's log-probs of B, of B', of C after B and of C after B'.
 COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejected rewards/chosen
     rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest""".split()  # noqa: SIM905
+
+
+@contextlib.contextmanager
+def passes(model: Transformer, c: Config, ranks: Ranks) -> Iterator[None]:
+    """For all passes within, backward too: the blocks' matrices are rounded to the computation's
+    type once, not in each pass, for 2 bytes a weight; over several ranks FSDP does that. And
+    --deterministic is on, which sampling is without: its sums over rows are in order already, and
+    CUDA's other way for them took V x V numbers."""
+    torch.use_deterministic_algorithms(c.deterministic)
+    parts = model.model["layers"].modules() if ranks.world == 1 and model.compute_dtype else ()
+    held: list[Any] = [(x._parameters, x.weight) for x in parts if isinstance(x, nn.Linear)]
+    for own, weight in held:
+        own["weight"] = weight.to(model.compute_dtype)
+    try:
+        yield
+    finally:
+        for own, weight in held:
+            own["weight"] = weight
+        torch.use_deterministic_algorithms(False)
 
 
 def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
@@ -641,8 +663,10 @@ class Ranks:
             # one (the EMA, the reference, an evaluation) the next update of it would be lost.
             for part in (*blocks, model):
                 fully_shard(part, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
-        device = "cpu" if role == "ema" and c.ema_offload else self.device
+        device = torch.device("cpu") if role == "ema" and c.ema_offload else self.device
         model.to_empty(device=device).requires_grad_(role == "policy")
+        for parameter in model.parameters() if device != self.device else ():
+            parameter.data = torch.empty_like(parameter, pin_memory=True)  # or copies would wait
         lm.load_weights(dict(model.named_parameters()), folder, self.place)
         return model
 
@@ -652,6 +676,25 @@ class Ranks:
             chunks, parameter = value.chunk(self.world), parameter.to_local()
             value = chunks[self.rank] if self.rank < len(chunks) else value[:0]
         parameter.copy_(value)
+
+    def send(self, values: Sequence[Any]) -> Tensor:
+        """Numbers as a tensor on the device, without a wait for what runs there."""
+        return torch.tensor(values).to(self.device, non_blocking=True)
+
+    def moment(self) -> Any:
+        """Now: on CUDA when what has been asked for so far is done."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, moments: Sequence[Any]) -> Sequence[float]:
+        """When the moments were, from any point on; waits for the last."""
+        if self.device.type != "cuda":
+            return moments
+        moments[-1].synchronize()
+        return [moments[0].elapsed_time(moment) / 1000 for moment in moments]
 
     def whole(self, value: Tensor) -> Tensor:
         """The whole of a sharded tensor, on every rank (collective)."""
@@ -698,7 +741,8 @@ class Ranks:
         dtype = model.compute_dtype or model.dtype
         if self.world > 1 or dtype != model.dtype or self.device != model.device:
             named = model.named_parameters()
-            whole = {name: self.whole(p.to(self.device).to(dtype)) for name, p in named}
+            sent = ((name, p.to(self.device, non_blocking=True)) for name, p in named)
+            whole = {name: self.whole(p.to(dtype)) for name, p in sent}
             model = lm.with_weights(model.config, whole)
         with torch.compiler.set_stance("force_eager"):
             yield model
@@ -805,6 +849,9 @@ class Config(sapo.Settings, sgpo.Settings):
     "recompute each block in the backward pass, to save memory"
     compile: bool = False
     "compile each block with torch.compile; the first steps then take a minute or more"
+    deterministic: bool = False  # [ours]
+    "sum a GPU's gradients in one order, so that a run there repeats to the bit, as on a CPU any \
+run does; attention's backward pass is slower then"
 
 
 TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
@@ -962,6 +1009,8 @@ def main(argv: Sequence[str]) -> int:
     before = [(number, signal.signal(number, stop)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         c = parse_args(argv)
+        if c.deterministic:  # cuBLAS reads it as it starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         ranks = Ranks()
         run(c, ranks)
         return 0
