@@ -75,8 +75,6 @@ class Example:
 
 
 # ----------------------------------------------------------------------------- examples to tokens
-
-
 def encode_examples(
     examples: Sequence[Example], tokenizer: "Tokenizer", max_length: int, max_prompt_length: int
 ) -> tuple[list[Example], list[Pair], dict[str, int]]:
@@ -130,7 +128,6 @@ def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
 
 
 # -------------------------------------------------------------------------------------- data files
-
 ROLES = ("system", "user", "assistant")
 RESPONSE_KEYS = ("chosen", "real", "response", "messages")  # the first that a row has counts
 REJECTED_KEYS = ("rejected", "generated")
@@ -268,8 +265,6 @@ def _short(value: Any, size: int = 60) -> str:
 
 
 # ----------------------------------------------------------------------- a stronger model's answers
-
-
 class Again(Exception):
     """A request failed in a way that may pass: why, and the seconds to wait, or None."""
 
@@ -362,7 +357,6 @@ class TargetServer:
 
 
 # -------------------------------------------------------------------- tokenizers and chat templates
-
 TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
     added_tokens.json vocab.json merges.txt chat_template.jinja generation_config.json
     """.split()  # noqa: SIM905
@@ -547,7 +541,6 @@ JINJA.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_asci
 
 
 # ------------------------------------------------------------------- codecs: plain text and tokens
-
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same within the segments between digits: a digit ends a segment, and so a run of white space.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -753,7 +746,6 @@ def _halves(token: str, ranks: dict[tuple[str, ...], int]) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------------------- built-in tasks
-
 SEEN = ("reverse", "add", "sort", "second")  # kinds that the clean set has
 UNSEEN = ("double", "rotate", "count", "swap")  # kinds that only pre-training has
 REWRITE_PROMPT = "{prompt} | {draft}"  # asks for another answer than the draft

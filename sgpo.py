@@ -43,37 +43,16 @@ from data import Cut, Example, Messages, Pair, Target, TargetServer, Tokenizer, 
 from model import InputError, Positive, Weight, hash_seed
 from sapo import Answer, Run, batch_indices, describe, ended, request
 
+REQUEST = "\n\n<request>\n{prompt}\n</request>"
+ANSWER = "\n\n<answer>\n{answer}\n</answer>\n\nWrite the improved answer alone."
 IMPROVER = """A request and a first answer to it are below. Rewrite the answer so that it is \
 better: correct what is wrong, add what is missing, keep to what was asked, and be specific where \
-it is vague.
-
-<request>
-{prompt}
-</request>
-
-<answer>
-{answer}
-</answer>
-
-Write the improved answer alone."""
-
+it is vague."""
+IMPROVER += REQUEST + ANSWER
 TARGET = """A small language model answered a request. Improve its answer a little: mend what is \
 wrong, unclear or missing, in the answer's own style and at about its length, so that the model \
-could have written the result itself. Use the reference to tell what is right; do not copy it.
-
-<request>
-{prompt}
-</request>
-
-<reference>
-{gold}
-</reference>
-
-<answer>
-{answer}
-</answer>
-
-Write the improved answer alone."""
+could have written the result itself. Use the reference to tell what is right; do not copy it."""
+TARGET += REQUEST + "\n\n<reference>\n{gold}\n</reference>" + ANSWER
 
 Ask = tuple[Example, Pair]  # a prompt, and its gold response or an empty one: as text, as tokens
 
@@ -164,8 +143,6 @@ class SGPO(sapo.Source):
 
 
 # --------------------------------------------------------------------------- phase 1: the improver
-
-
 def improver_rows(
     targets: Sequence[Target], asks: Sequence[Ask], run: Run
 ) -> tuple[list[Pair], dict[str, Any]]:
@@ -269,8 +246,6 @@ def as_prompt(messages: Messages) -> Any:
 
 
 # ------------------------------------------------------------------------------------- the flags
-
-
 @dataclass
 class Settings(sapo.Copies, sapo.Rounds):
     """SGPO."""

@@ -15,7 +15,6 @@ reading ends; then files, ranks, flags and the whole run. N is the number of pai
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -71,8 +70,6 @@ class Stopped(Exception):
 
 
 # --------------------------------------------------------------------------------------- the loop
-
-
 def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
     """The only loop: trains the policy on the source's pairs. t counts optimizer updates done."""
     t = saved = files.restore(learner, source)
@@ -176,8 +173,6 @@ def lr_at(c: Config, t: int, steps: int, peak: float) -> float:
 
 
 # ------------------------------------------------------------------------------------ the learner
-
-
 class Learner:
     """The models and the optimizer, and the `sapo.Run` of a source: it scores pairs, learns from
     them, and generates. `roles` are those of `Source`: copies of `start` beside the policy."""
@@ -354,10 +349,9 @@ COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejec
 
 @contextlib.contextmanager
 def passes(model: Transformer, c: Config, ranks: Ranks) -> Iterator[None]:
-    """For all passes within, backward too: the blocks' matrices are rounded to the computation's
-    type once, not in each pass, for 2 bytes a weight; over several ranks FSDP does that. And
-    --deterministic is on, which sampling is without: its sums over rows are in order already, and
-    CUDA's other way for them took V x V numbers."""
+    """Around passes, backward too: the blocks' matrices are rounded to the computation's type once
+    for all of them, at 2 bytes a weight (over several ranks FSDP does it); --deterministic is on,
+    without which sampling sums in order, and with which CUDA's cumsum may want V x V numbers."""
     torch.use_deterministic_algorithms(c.deterministic)
     parts = model.model["layers"].modules() if ranks.world == 1 and model.compute_dtype else ()
     held: list[Any] = [(x._parameters, x.weight) for x in parts if isinstance(x, nn.Linear)]
@@ -383,8 +377,6 @@ def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
 
 
 # ------------------------------------------------------------------------------ what lies on disk
-
-
 @dataclass
 class Files:
     """What one run of `fit` reads and leaves. All ranks call its methods, to gather the weights."""
@@ -606,8 +598,6 @@ def flush(path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------- the ranks
-
-
 def say(message: str) -> None:
     """A line on stderr, of the first rank alone."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -761,8 +751,6 @@ class Ranks:
 
 
 # -------------------------------------------------------------------------------------- the flags
-
-
 @dataclass
 class Config(sapo.Settings, sgpo.Settings):
     """The run. Of all flags the string below is the help; comments begin groups or name sources:
@@ -883,13 +871,7 @@ def parse_args(argv: Sequence[str]) -> Config:
     told = ["recipes (`tasks`, or `tasks-sgpo`, is in force where no --data is given):"]
     for name, values in RECIPES.items():
         told.append(f"  {name}\n    {' '.join(f'{key}={value}' for key, value in values.items())}")
-    parser = sample.Parser(
-        description=(__doc__ or "").split("\n")[0],
-        epilog="\n".join(told),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    given = sample.parse_flags(parser, Config, argv)
+    given = sample.parse_flags(Config, argv, __doc__ or "", "\n".join(told))
     if "steps" in given and "epochs" in given:
         raise InputError("--steps and --epochs both say how long to train: give one of them")
     usual = "tasks-sgpo" if given.get("method") == "sgpo" else "tasks"
@@ -992,8 +974,6 @@ def target_server(c: Config) -> data.TargetServer | None:
 
 
 # ---------------------------------------------------------------------------------- the whole run
-
-
 def main(argv: Sequence[str]) -> int:
     """Parses, runs, and turns bad input into one line and exit status 2."""
     ranks = None
