@@ -278,6 +278,38 @@ def test_an_ema_in_host_memory_is_averaged_where_the_policy_is_as_one_beside_it(
     assert all(map(torch.equal, here.parameters(), beside.parameters()))
 
 
+def test_an_ema_in_host_memory_is_pinned_and_goes_up_once_to_be_rounded_there(
+    start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the meta device stands for the GPU."""
+    config = train.parse_args(["--data", "none", "--precision", "bf16", "--ema-offload"])
+    ranks, pinned = train.Ranks(), list[bool]()
+    ranks.device = torch.device("meta")
+
+    def empty_like(x: torch.Tensor, device: str = "", pin_memory: bool = False) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return torch.empty(x.shape, device=device or x.device)
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    ema = ranks.build(start, config, "ema")
+    monkeypatch.undo()
+    assert sum(pinned) == len([*ema.parameters()]) and ema.device.type == "cpu"
+    assert all(map(torch.equal, ema.parameters(), Transformer.from_pretrained(start).parameters()))
+    moves = set[Any]()
+
+    class Moves(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), more: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._to_copy.default:
+                moves.add((args[0].device.type, (more or {})["dtype"]))
+            return func(*args, **(more or {}))
+
+    with Moves(), ranks.decoder(ema) as ready:
+        assert {(p.device.type, p.dtype) for p in ready.parameters()} == {("meta", torch.bfloat16)}
+    assert moves == {("cpu", torch.float32), ("meta", torch.bfloat16)}
+
+
 def learner_of(start: Path, *flags: str) -> train.Learner:
     config = train.parse_args(["--data", "none", *flags])
     return train.Learner(config, start, data.load_tokenizer(start), train.Ranks())
@@ -379,7 +411,7 @@ def test_deterministic_runs_with_every_source_and_changes_nothing_on_a_cpu(
     assert run(*flags) == 0 and not any(seen) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     seen.clear()
     assert run(*flags, "--deterministic", "--out", tmp_path / "again") == 0
-    assert all(seen) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert seen and all(seen) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.are_deterministic_algorithms_enabled()
     same(tmp_path / "again", tmp_path / "run")
 
