@@ -439,12 +439,10 @@ class Cache(Packed):
         self.width = self.size  # of the stored tokens a step looks at so many, or at those in use
         self.one_kernel = "seqused_k" in WORDS and has_kernel(device, dtype, c.head_dim)
         # The kernel wants the heads of a token together, products by hand the tokens of a head.
-        shape = [2, c.num_hidden_layers, len(prompts), c.num_key_value_heads, self.size, c.head_dim]
-        shape[3:5] = shape[3:5][::-1] if self.one_kernel else shape[3:5]
+        shape = [self.size, c.num_key_value_heads][:: 1 if self.one_kernel else -1]
+        shape = [2, c.num_hidden_layers, len(prompts), *shape, c.head_dim]
         stored = torch.zeros(shape, device=device, dtype=dtype)
-        self.keys, self.values = (
-            stored if self.one_kernel else stored.transpose(3, 4)
-        )  # L, B, S, K, E
+        self.keys, self.values = stored if self.one_kernel else stored.transpose(3, 4)  # LBSKE
         shape = [2, len(prompts), self.most + 1]  # what is made beyond a row's end goes to the last
         self.made_2BS = torch.zeros(shape, dtype=torch.float64, device=device)  # tokens, log-probs
         uniforms_BS = torch.zeros(shape[1:], dtype=torch.float64)
@@ -453,17 +451,15 @@ class Cache(Packed):
         self.uniforms_BS = uniforms_BS.to(device)
         self.starts_B = torch.tensor([*map(len, prompts)], device=device)
         self.counts_B, self.fed_BW = torch.zeros_like(self.starts_B), self.starts_B[:, None].clone()
-        first, found = 0, []
-        while first < len(prompts):
-            ends = [*accumulate(map(len, prompts[first:]))]
-            group = prompts[first : first + max(1, sum(end <= PREFILL for end in ends))]
+        found, count = [], max(1, PREFILL // max(map(len, prompts)))
+        for first in range(0, len(prompts), count):
+            group = prompts[first : first + count]
             layout = Packed([*map(len, group)], [0] * len(group), device)
             rows = [row for row, prompt in enumerate(group, first) for _ in prompt]
             layout.store = partial(self.put, (torch.tensor(rows, device=device), layout.positions))
             layout.places = layout.ends[0][1:] - 1
             tokens = [token for prompt in group for token in prompt]
             found.append(model(torch.tensor(tokens, device=device), layout))
-            first += len(group)
         self.choose(torch.cat(found))
 
     def put(self, places: tuple[Tensor, Tensor], layer: int, k: Tensor, v: Tensor) -> None:
