@@ -829,6 +829,7 @@ def with_weights(config: Config, weights: dict[str, Tensor], rows: int = 0) -> T
     for part in model.modules() if rows and can_pack(head.weight.dtype) else ():
         if isinstance(part, Linear):
             part.packed = torch.ops.mkldnn._reorder_linear_weight(part.weight, rows)
+            del part.weight
     return model.requires_grad_(False)
 
 

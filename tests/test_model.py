@@ -370,7 +370,7 @@ def test_a_model_for_decoding_is_the_same_model(kind: str, dtype: torch.dtype) -
     for rows in (0, 3):  # the second time of one that is made so already
         weights = {name: p.detach() for name, p in fast.named_parameters()}
         fast = lm.with_weights(ours.config, weights, rows)
-        assert len(weights) == len([*fast.parameters()]) < len(before) + 1
+        assert rows or len(weights) == len([*fast.parameters()]) <= len(before)
         assert all(
             (x.packed is not None) == bool(rows) for x in fast.modules() if type(x) is Linear
         )
