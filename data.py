@@ -270,9 +270,8 @@ class Again(Exception):
 
 
 class TargetServer:
-    """Asks a model on an OpenAI-compatible server, several questions at a time; again, after what
-    Retry-After says, or 1, 2, 4, ... 64 `PAUSE`s, on 408, 429, 5xx, time-outs, dropped connections
-    and replies that are no chat completion."""
+    """Asks a model on an OpenAI-compatible server, several questions at a time; again (Retry-After,
+    or 1, 2, 4, ... 64 `PAUSE`s) on 408, 429, 5xx, time-outs, lost connections and odd replies."""
 
     TIMEOUT, PAUSE = 120.0, 1.0  # seconds
     TRIES, LONGEST = 8, 10**7  # requests for an answer; bytes of a reply
@@ -415,9 +414,8 @@ class Tokenizer:
         self.eos_ids, self._template_ends = self._find_eos(folder)
 
     def encode(self, text: str, continuing: bool = False) -> list[int]:
-        """Token ids, without BOS or EOS. The text of a special token becomes its id; of a lone
-        surrogate, which no UTF-8 has, U+FFFD's. `continuing`: more text is before it, so that
-        SentencePiece adds no space in front."""
+        """Token ids, without BOS or EOS. A special token's text becomes its id, a lone surrogate
+        U+FFFD's. `continuing`: more text is before it; SentencePiece adds no space in front."""
         ids: list[int] = []
         spaced = not continuing
         for part in filter(None, self._split(text if text.isascii() else whole_text(text))):
@@ -583,7 +581,6 @@ class BytePairs:
         return bytes(ALPHABET[char] for char in token) if known else token.encode()
 
     def encode(self, text: str, spaced: bool) -> list[int]:
-        """Token ids."""
         text, cuts = unicodedata.normalize("NFC", text) if self.nfc else text, [0]
         for run in _LONG_SPACES.finditer(text) if len(text) > LONGEST_SPACE else ():
             cuts += range(run.start() + LONGEST_SPACE, run.end(), LONGEST_SPACE)
@@ -592,7 +589,6 @@ class BytePairs:
         return [i for i in ids if i is not None]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, which `table` has."""
         return b"".join(map(self.table.__getitem__, ids)).decode("utf-8", "replace")
 
 
@@ -623,7 +619,6 @@ class SentencePieces:
         return list((self.spaced if spaced else self.bare).encode(text))
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, which `table` has."""
         text = ""
         for _, run in groupby(ids, self.bytes.__contains__):
             data = b"".join(map(self.table.__getitem__, run))

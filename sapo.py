@@ -113,7 +113,6 @@ class Source:
         return pack([*self.pool.values()]) | numbers
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what `state_dict` gave."""
         self.pool = dict(zip(state["places"].tolist(), unpack(state), strict=True))
         self.round = int(state["round"])
 
@@ -173,11 +172,9 @@ class SAPO(Source):
         return pairs
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The replay buffer's."""
         return self.buffer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what `state_dict` gave."""
         self.buffer.load_state_dict(state)
 
 
@@ -446,7 +443,6 @@ def describe(fresh: Sequence[Pair], eos_ids: Collection[int]) -> dict[str, float
 
 
 def ended(tokens: Sequence[int], eos_ids: Collection[int]) -> bool:
-    """Whether the last token is an EOS."""
     return len(tokens) > 0 and tokens[-1] in eos_ids
 
 
@@ -487,8 +483,7 @@ def segment_metrics(pairs: Sequence[Pair], table: Mapping[str, Tensor]) -> dict[
 
 def paint(pair: Pair, decode: Callable[[list[int]], str]) -> str:
     """A pair with a cut in terminal colours: A plain, B green, B' red, C blue."""
-    assert pair.cut is not None
-    start, stop, new_stop, _ = pair.cut
+    start, stop, new_stop, _ = pair.cut or (0, 0, 0, 0)
     green, red, blue, plain = "\033[32m", "\033[31m", "\033[34m", "\033[0m"
     before, old, after = pair.chosen[:start], pair.chosen[start:stop], pair.chosen[stop:]
     new, left = pair.rejected[start:new_stop], pair.rejected[new_stop:]
@@ -500,8 +495,6 @@ def paint(pair: Pair, decode: Callable[[list[int]], str]) -> str:
 
 # ------------------------------------------------------------------------------------- the flags
 # [code]: the official code, [spin]: SPIN's, [handbook]: the alignment handbook, [ours]: our choice
-
-
 @dataclass
 class Sampling:
     """Sampling, of the methods that generate."""
@@ -599,9 +592,3 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "orpo-mistral-7b": ORPO | {"method": "orpo", "epochs": 3.0},  # mistral-capybara; batch [ours]
 }  # fmt: skip
-RECIPES |= {
-    f"{base}-{name}": RECIPES[base] | change
-    for base in ("sapo-llama3-8b", "sapo-orpo-llama3-8b")
-    for name, change in ABLATIONS.items()
-    if not (RECIPES[base]["loss"] == "orpo" and "ref_update" in change)  # it has no reference
-}

@@ -86,10 +86,9 @@ class SGPO(sapo.Source):
         order = batch_indices(0, count, len(self.rows), hash_seed(c.seed, "round", number))
         asks = [self.rows[i] for i in order]
         answers = self.write([row.prompt for _, row in asks], "answer", number)
-        frames = [
-            frame(example.messages, tokenizer.response_text(answer), tokenizer, c)
-            for (example, _), (answer, _) in zip(asks, answers, strict=True)
-        ]
+        said = [tokenizer.response_text(answer) for answer, _ in answers]
+        both = zip(asks, said, strict=True)
+        frames = [frame(example.messages, text, tokenizer, c) for (example, _), text in both]
         fits = [i for i in range(count) if len(frames[i]) < c.max_length]
         better = self.write([frames[i] for i in fits], "better", number, c.improve_temperature)
         made = []
@@ -209,10 +208,9 @@ def improvements(
 def improver_prompt(
     messages: Messages, answer: str, instruction: str = IMPROVER, gold: str = ""
 ) -> Turns:
-    """The chat messages that ask the model to improve its own answer to `messages`, the last of
-    which is the user's. It gives way to `instruction`, in which its text stands for {prompt} and
-    the answer for {answer}; earlier turns stay as they are. With TARGET as the instruction they ask
-    the stronger model, which is also told the gold response."""
+    """The chat messages that ask the model to improve its own answer to `messages`, whose last, the
+    user's, gives way to `instruction`, in which its text stands for {prompt} and the answer for
+    {answer}. With TARGET they ask the stronger model, which is also told the gold response."""
     texts = {"prompt": messages[-1]["content"], "gold": gold, "answer": answer}
     # All at once: braces in what is filled in stay as they are.
     last = re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), instruction)

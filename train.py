@@ -19,6 +19,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -96,7 +97,8 @@ def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
         if stops:
             raise Stopped(f"stopped after step {files.before + t}; --resume goes on")
     dtype = torch.bfloat16 if c.save_dtype == "bf16" else torch.float32
-    files.publish(files.final, lambda folder: files.save_model(learner.policy, folder, dtype))
+    with files.publish(files.final) as folder:
+        files.save_model(learner.policy, folder, dtype)
 
 
 def step(c: Config, learner: Learner, source: Source, t: int) -> Seen:
@@ -121,8 +123,7 @@ def step(c: Config, learner: Learner, source: Source, t: int) -> Seen:
 
 
 def evaluate(c: Config, learner: Learner, source: Source, files: Files) -> Row:
-    """Held-out rows scored as training pairs are, those without a rejected side with one that the
-    source makes; and accuracy, in runs on the built-in tasks."""
+    """Held-out rows scored as training pairs are; and accuracy, in runs on the built-in tasks."""
     row, began = Row(), time.perf_counter()
     if files.eval_rows:
         new = iter(source.spoil([pair for pair in files.eval_rows if not pair.rejected]))
@@ -307,7 +308,7 @@ class Learner:
             mine: list[Any] = rows[ranks.rank :: ranks.world]
             prompts, most, seeds = ([row[k] for row in mine] for k in range(3))
             new, logps = lm.generate(ready, prompts, most, seed=seeds, **how)
-            return ranks.join([*zip(new, map(math.fsum, logps), strict=True)], rows)
+            return ranks.join([*zip(new, map(math.fsum, logps), strict=True)])
 
         with self.clock("generate"), ranks.decoder(model) as ready:
             done = kept(c, ranks, asked, write, ranks.norm(model)) if keep else write(asked)
@@ -426,16 +427,13 @@ class Files:
         tensors for all else, after N updates and before anything of the next step."""
         if self.checkpoints is None:
             return
-
-        def write(folder: Path) -> None:
+        with self.publish(self.checkpoints / f"step-{self.before + t}") as folder:
             self.save_model(learner.policy, folder / "policy", torch.float32)
             own = {f"source.{name}": value for name, value in source.state_dict().items()}
             if self.ranks.first:
                 (folder / "state").mkdir()
             tree = learner.state_dict() | own
             lm.write_weights(folder / "state", tree, self.ranks.fetch, self.ranks.first)
-
-        self.publish(self.checkpoints / f"step-{self.before + t}", write)
         if learner.config.keep and self.ranks.first:
             for _, folder in self.numbered()[: -learner.config.keep]:
                 shutil.rmtree(folder)
@@ -487,13 +485,14 @@ class Files:
         fetch = functools.partial(self.ranks.fetch, dtype=dtype)
         lm.write_weights(folder, dict(model.named_parameters()), fetch, self.ranks.first)
 
-    def publish(self, folder: Path, write: Callable[[Path], None]) -> None:
-        """Writes a folder that appears whole or not at all, also where the disk is full."""
+    @contextlib.contextmanager
+    def publish(self, folder: Path) -> Iterator[Path]:
+        """A folder to write to, which appears whole or not at all, also where the disk is full."""
         partial = folder.with_name(f".{folder.name}")
         try:
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
-            write(partial)
+            yield partial
             if self.ranks.first:
                 for path in (*partial.rglob("*"), partial):
                     flush(path)
@@ -507,11 +506,9 @@ class Files:
         self.ranks.agree(False)  # all wait until it is there
 
 
-def kept(
-    c: Config, ranks: Ranks, rows: list[Request], write: Callable[[Any], list[Answer]], stamp: float
-) -> list[Answer]:
-    """The rows' answers: those in a file, of the same row and model (`stamp`), and others written,
-    some at a time, so that a run that is Stopped here keeps them."""
+def kept(c: Config, ranks: Ranks, rows: list[Request], write: Any, stamp: float) -> list[Answer]:
+    """The rows' answers: those in a file, of the same row and model (`stamp`), and others, which
+    `write` gives, some at a time, so that a run that is Stopped here keeps them."""
     path, size = Path(c.out) / ".generated.jsonl", 8 * c.generate_batch_size * ranks.world
     asked = {hash_seed(stamp, *row): row for row in rows}  # no two are equal: seeds differ
     known = {row["key"]: (row["tokens"], row["logp"]) for row in json_lines(path)}
@@ -576,7 +573,6 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds rows to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -675,9 +671,7 @@ class Ranks:
         """Now: on CUDA when what has been asked for so far is done."""
         if self.device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
     def seconds(self, moments: Sequence[Any]) -> Sequence[float]:
         """When the moments were, from any point on; waits for the last."""
@@ -688,8 +682,7 @@ class Ranks:
 
     def whole(self, value: Tensor) -> Tensor:
         """The whole of a sharded tensor, on every rank (collective)."""
-        value = value.detach()
-        return value.full_tensor() if isinstance(value, DTensor) else value
+        return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
 
     def fetch(self, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The whole of a tensor (collective), in host memory on the rank that writes it."""
@@ -731,23 +724,18 @@ class Ranks:
         dtype = model.compute_dtype or model.dtype
         if self.world > 1 or dtype != model.dtype or self.device != model.device:
             named = model.named_parameters()
-            sent = ((name, p.to(self.device, non_blocking=True)) for name, p in named)
-            whole = {name: self.whole(p.to(dtype)) for name, p in sent}
-            model = lm.with_weights(model.config, whole)
+            held = {n: self.whole(p.to(self.device, non_blocking=True).to(dtype)) for n, p in named}
+            model = lm.with_weights(model.config, held)
         with torch.compiler.set_stance("force_eager"):
             yield model
 
-    def join(self, answers: list[Answer], asked: Sequence[Request]) -> list[Answer]:
-        """All answers on every rank, which has every world-th: as a table of numbers, no pickle."""
-        if self.world == 1:
-            return answers
-        most = max((budget for _, budget, _ in asked), default=0)
-        table = torch.zeros(len(asked), 2 + most, dtype=torch.float64)
-        for i, (tokens, logp) in enumerate(answers):
-            row = torch.tensor([len(tokens), logp, *tokens], dtype=torch.float64)
-            table[self.rank + i * self.world, : len(row)] = row
-        rows = self.sum(table.to(self.device)).tolist()
-        return [([*map(int, row[2 : 2 + int(row[0])])], row[1]) for row in rows]
+    def join(self, answers: list[Answer]) -> list[Answer]:
+        """All answers on every rank, which has every world-th."""
+        parts = [answers] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, answers)
+        rows = itertools.chain(*itertools.zip_longest(*parts))
+        return [answer for answer in rows if answer is not None]
 
 
 # -------------------------------------------------------------------------------------- the flags
@@ -838,8 +826,7 @@ class Config(sapo.Settings, sgpo.Settings):
     compile: bool = False
     "compile each block with torch.compile; the first steps then take a minute or more"
     deterministic: bool = False  # [ours]
-    "sum a GPU's gradients in one order, so that a run there repeats to the bit, as on a CPU any \
-run does; attention's backward pass is slower then"
+    "sum gradients in one order on a GPU too, so that a run repeats to the bit; attention is slower"
 
 
 TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
@@ -855,7 +842,12 @@ TASKS_SGPO = TASKS | {
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {"tasks": TASKS, "tasks-sgpo": TASKS_SGPO}
 RECIPES |= sapo.RECIPES | sgpo.RECIPES
-RECIPES |= {f"tasks-{name}": TASKS | change for name, change in sapo.ABLATIONS.items()}
+RECIPES |= {
+    f"{base}-{name}": RECIPES[base] | change
+    for base in ("tasks", "sapo-llama3-8b", "sapo-orpo-llama3-8b")
+    for name, change in sapo.ABLATIONS.items()
+    if not ("orpo" in base and "ref_update" in change)  # it has no reference
+}
 OWN: dict[str, dict[str, Any]] = {  # a method's own defaults
     "spin": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "rounds": 4},  # [spin]
     "sft": {"lr": [2e-5], "optimizer": "adamw", "schedule": "cosine", "epochs": 3.0},  # [code]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import types
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -323,7 +324,7 @@ class Casts(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         casts = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype")
         self.count += casts is torch.bfloat16 and tuple(args[0].shape) in ((32, 32), (48, 32))
         return func(*args, **(kwargs or {}))
@@ -366,8 +367,6 @@ def test_clocks_within_clocks_and_a_step_that_waits_once(
             Event.made += 1
             self.at = 1000.0 * Event.made
 
-        def record(self) -> None: ...
-
         def synchronize(self) -> None:
             waited.append(self.at)
 
@@ -376,6 +375,8 @@ def test_clocks_within_clocks_and_a_step_that_waits_once(
 
     learner = learner_of(start, "--method", "sft")
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    stream = types.SimpleNamespace(record_event=lambda event: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(learner.ranks, "device", torch.device("cuda"))
     learner.begin_step(0.1)  # 1
     with learner.clock("source"):  # 2
