@@ -164,7 +164,8 @@ class Transformer(nn.Module):
         used.prepare(self.config, x_TD.dtype)
         for block in self.model["layers"]:
             if self.checkpointing and torch.is_grad_enabled():
-                x_TD = checkpoint(block, x_TD, rotation, used, use_reentrant=False)
+                how: Any = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
+                x_TD = checkpoint(block, x_TD, rotation, used, **how)
             else:
                 x_TD = block(x_TD, rotation, used)
         head = self.lm_head if "lm_head" in self._modules else self.model["embed_tokens"]
@@ -288,7 +289,7 @@ def frequencies(config: Config, device: torch.device) -> Tensor:
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turns channel i together with channel i + E/2, as Hugging Face's weights expect."""
     cos, sin = rotation
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 # ----------------------------------------------------------------------------------- the layouts
@@ -297,6 +298,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 # nor can 2.11 be told how many of the stored keys are there.
 WORDS = inspect.signature(varlen_attn).parameters
 GROUPED: Any = dict.fromkeys({"enable_gqa"} & {*WORDS}, True)
+PIECE = 256  # queries that attend at a time, where that kernel does not run
 
 
 class Packed:
@@ -325,15 +327,15 @@ class Packed:
         """Builds what is added to the attention scores, once per forward pass: not per layer, and
         not within a block, whose recomputation or compilation would find it there already."""
         self.one_kernel = has_kernel(self.positions.device, dtype, config.head_dim)
-        self.biases: dict[int | None, Any] = {}
-        for window in () if self.one_kernel else set(config.windows):
-            self.biases[window] = []
-            for size, seen in zip(self.sizes, self.seen_sizes, strict=True):
-                bias = None  # SDPA's own causal mask, where that says the same
-                if not size == seen <= (window or seen):
-                    at = torch.arange(seen, device=self.positions.device)
-                    bias = causal_bias(at[seen - size :, None] - at, window, dtype)
-                self.biases[window].append(bias)
+        self.biases: dict[int | None, Tensor] = {}
+        if self.one_kernel:
+            return
+        # One for all pieces: a piece takes the columns that put its first query on `most`.
+        most, group = max(self.seen_sizes), config.num_attention_heads // config.num_key_value_heads
+        at = torch.arange(most + PIECE, device=self.positions.device)
+        behind = (most + at[:PIECE, None] - at).repeat_interleave(group, 0)
+        for window in set(config.windows):
+            self.biases[window] = causal_bias(behind, window, dtype)
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
         """What the queries of a layer find, (T, H, E)."""
@@ -349,15 +351,22 @@ class Packed:
 
     @torch.compiler.disable  # the sizes change with every batch
     def one_by_one(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """The same without `varlen_attn`, a sequence at a time."""
-        if not q.is_cpu:  # no fused kernel there takes fp32 and grouped heads
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        wanted = ((q, self.sizes), (k, self.seen_sizes), (v, self.seen_sizes))
-        parts = (x.transpose(0, 1)[None].split(counts, 2) for x, counts in wanted)  # (1, H, T, E)
-        attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
-        both = zip(*parts, self.biases[window], strict=True)
-        found = [attend(*qkv, attn_mask=bias, is_causal=bias is None) for *qkv, bias in both]
-        return torch.cat(found, 2).squeeze(0).transpose(0, 1)
+        """The same without `varlen_attn`: of one sequence after another `PIECE` queries, with the
+        keys up to theirs (on a CPU SDPA computes all that its own causal mask then hides). The
+        query heads of a group (G) are further rows (R = T * G) for the key head that they share."""
+        group, bias, found = q.shape[1] // k.shape[1], self.biases[window], list[Tensor]()
+        q = q.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)  # (K, R, E)
+        both = (x.transpose(0, 1)[None].split(self.seen_sizes, 2) for x in (k, v))  # (1, K, S, E)
+        rows = q[None].split([size * group for size in self.sizes], 2)
+        for queries, keys, values in zip(rows, *both, strict=True):
+            end = keys.shape[2] - queries.shape[2] // group
+            for piece in queries.split(PIECE * group, 2):
+                first, end = bias.shape[1] - PIECE - end, end + piece.shape[2] // group
+                part = bias[: piece.shape[2], first : first + end]
+                part = part if part.is_cpu else part.clone()  # elsewhere its start must be aligned
+                seen: Any = (keys[:, :, :end], values[:, :, :end], part)
+                found.append(F.scaled_dot_product_attention(piece, *seen))
+        return torch.cat(found, 2)[0].unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
 
     def read(self, x_TD: Tensor, head: Any) -> Tensor:
         """The logits of the tokens, (T, V) float32, or of those at `places`."""
@@ -407,7 +416,8 @@ class Branches(Packed):
 
     def read(self, x_TD: Tensor, head: Any) -> Tensor:
         """The log-probs of the response tokens, (M,) float32."""
-        keep, x_MD = KEPT if torch.is_grad_enabled() else 0, x_TD.index_select(0, self.places)
+        keep = KEPT[x_TD.device.type] if torch.is_grad_enabled() else 0
+        x_MD = x_TD.index_select(0, self.places)
         return TokenLogprobs.apply(x_MD, head.weight, self.targets, keep)
 
 
@@ -559,7 +569,7 @@ class Cache(Packed):
 # How many logits exist at a time (64 MiB in float32 on a CPU, whose caches are small, 512 MiB on a
 # GPU, whose matrix units starve on few rows), and how many exponentials wait for a backward pass.
 LOGITS = {"cpu": 2**24, "cuda": 2**27}
-KEPT = 2**26
+KEPT = {"cpu": 2**26, "cuda": 2**29}
 
 
 def pair_logprobs(model: Transformer, pairs: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -572,7 +582,8 @@ def pair_logprobs(model: Transformer, pairs: Sequence[Any]) -> tuple[Tensor, ...
 def pair_sums(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What `pair_logprobs` returns, from what `pair_token_logprobs` returns."""
     sums = torch.stack([part.sum() for part in parts]).view(-1, 3)
-    counts = torch.tensor([float(len(part)) for part in parts], device=sums.device).view(-1, 3)
+    # Made where they are wanted: an upload would wait for all of the forward pass.
+    counts = torch.stack([sums.new_full((), len(part)) for part in parts]).view(-1, 3)
     return tuple(x[0] + tail for x in (sums.unbind(1), counts.unbind(1)) for tail in x[1:])
 
 
@@ -624,7 +635,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 def exponentials(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> tuple[Tensor, ...]:
     """exp(logits - their maximum) (M, V), its sums (M, 1), and the targets' log-probs (M,)."""
-    logits_MV = F.linear(x_MD, head_VD).float()
+    logits_MV = float_logits(x_MD, head_VD)
     logits_MV -= logits_MV.amax(1, keepdim=True)
     picked_M1 = logits_MV.gather(1, targets_M[:, None])
     sums_M1 = logits_MV.exp_().sum(1, keepdim=True)
@@ -632,9 +643,8 @@ def exponentials(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> tuple[Tens
 
 
 def float_logits(x_MD: Tensor, head_VD: Tensor) -> Tensor:
-    """x @ head^T in float32, (M, V), also of what is in bf16: there logits of 8 to 16 would lie
-    1/16 apart."""
-    if x_MD.dtype == torch.float32 or x_MD.is_cpu:
+    """The logits (M, V) in float32. A GPU's product in bf16 gives them as they were summed."""
+    if x_MD.is_cpu or x_MD.dtype == torch.float32:  # a CPU has no such kernel
         return F.linear(x_MD, head_VD).float()
     return torch.mm(x_MD, head_VD.T, out_dtype=torch.float32)
 

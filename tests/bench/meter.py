@@ -195,6 +195,7 @@ def watched(meter: Meter, meta: bool) -> Iterator[None]:
     if meta:
         changes += [(lm, "has_kernel", lambda device, dtype, size: dtype == torch.bfloat16)]
         changes += [(lm, "record_graph", record), (lm, "LOGITS", {"meta": lm.LOGITS["cuda"]})]
+        changes += [(lm, "KEPT", {"meta": lm.KEPT["cuda"]})]
         changes += [(lm.RMSNorm, "forward", lambda self, x: norm(x, self.weight.to(x.dtype)))]
         changes += [(nn.utils.clip_grad, "_device_has_foreach_support", lambda _: True)]
     with contextlib.ExitStack() as stack:
