@@ -1,16 +1,20 @@
 """Counts what the product runs: kernels, FLOPs and bytes of each of a step's phases, and what the
-host waits for. See roofline.py.
+host does for them. See roofline.py.
 
 A kernel is an operator whose result is not a view. FLOPs are torch.utils.flop_counter's; those of
 attention 4 (backward: 10) a channel and pair of a query and a key that it sees. Bytes: each
 argument and result once, of tables the rows that are looked up or stored.
+
+With --compile, by a rule in place of a compiler: in a block, and in its backward pass, what is done
+element by element with as many products behind it is one kernel, which reads once what others have
+made, and writes what others read. A block's ends are borders.
 """
 
 import contextlib
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -29,6 +33,8 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
 LOOKS, STORES = {"index_select", "embedding", "index", "gather"}, {"index_put_", "scatter_add_"}
 READS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "nonzero"}
 BOUNDS = ("matmul", "attention", "memory", "launch")  # what a kernel may wait for
+HOST = ("host", "waiting", "recording", "links")  # what a phase takes besides
+Rates = dict[str, float]
 
 
 @torch.library.custom_op("roofline::norm", mutates_args=())
@@ -57,16 +63,65 @@ def sizes(tensors: Sequence[Tensor]) -> int:
     return sum(x.element_size() * math.prod(dim) for x, dim in zip(tensors, dims, strict=True))
 
 
+class Fusion:
+    """The kernels that a compiler makes of operators, by the rule above."""
+
+    def __init__(self) -> None:
+        self.on, self.floor = False, 0
+        self.depths: dict[int, int] = {}  # of storages: the products behind them
+        self.fused: set[int] = set()  # storages that element-wise operators made,
+        self.held: set[int] = set()  # and those of them that are not written yet
+        self.done: set[Any] = set()  # kernels, by depth; what each has read
+        self.alive: list[Any] = []  # so that no two storages have one name
+
+    @contextlib.contextmanager
+    def block(self) -> Iterator[None]:
+        """Within it operators are fused; afterwards as before."""
+        outer, self.floor = self.on, max([self.floor, *self.depths.values()]) + 1
+        self.on = True
+        yield
+        self.on, self.floor = outer, max([self.floor, *self.depths.values()]) + 1
+
+    def takes(self, given: Sequence[Tensor], made: Sequence[Tensor], one: bool) -> tuple[int, int]:
+        """Kernels and bytes of an operator, element-wise or (`one`) a kernel of its own, of whose
+        bytes those are meant that others have not written yet."""
+        at = [x.untyped_storage() for x in (*given, *made)]
+        self.alive += at
+        keys, moved = [storage._cdata for storage in at], 0
+        depth = max([self.floor, *(self.depths.get(key, 0) for key in keys[: len(given)])])
+        for key, x, storage in zip(keys, given, at, strict=False):
+            if not one and key in self.fused and self.depths[key] == depth:
+                continue
+            moved += storage.nbytes() * (key in self.held)
+            self.held.discard(key)
+            if not one and (depth, key) not in self.done:
+                self.done.add((depth, key))
+                moved += sizes([x])
+        for key in keys[len(given) :]:
+            self.depths[key] = depth + one
+            if not one:
+                self.fused.add(key)
+                self.held.add(key)
+        kernels = int(one or depth not in self.done)
+        self.done.add(depth)
+        return kernels, moved
+
+
 class Meter(TorchDispatchMode):
     """What each phase of the product took; as a mode, also what it ran."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()
+        self.device = device
         self.kernels: dict[str, Any] = defaultdict(Counter)  # (kind, FLOPs, bytes): how many
+        self.costs = Counter[tuple[str, str]]()  # of a phase: what the host did, by roofline.COSTS
         self.seconds: dict[str, float] = defaultdict(float)
-        self.waits, self.uploads = Counter[str](), Counter[str]()
-        self.steps = self.recordings = 0  # of decoding
+        self.steps = self.recordings = self.batches = 0  # of decoding
+        self.passes = Counter[str]()  # over pairs
+        self.weights = self.tensors = 0
+        self.cache = 0  # bytes of keys and values
         self.useful = self.seen = 0.0  # FLOPs for MFU; this pass's pairs of a query and a key
+        self.fusion = Fusion()
         self.phase, self.began = "rest", time.perf_counter()
 
     @contextlib.contextmanager
@@ -83,13 +138,15 @@ class Meter(TorchDispatchMode):
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[self.phase] += now - self.began
-        self.phase, self.began = name, now
+        self.phase, self.began, self.fusion.on = name, now, False
 
     def begin(self, layout: Any, c: lm.Config) -> None:
         """A forward pass begins."""
         both = zip(layout.sizes, layout.seen_sizes, strict=True)
         self.seen = sum(n * (seen - (n - 1) / 2) for n, seen in both)
+        self.fusion = Fusion()
         if isinstance(layout, lm.Branches):
+            self.passes[self.phase] += 1
             wide, narrow = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
             block = c.hidden_size * (2 * wide + 2 * narrow + 3 * c.intermediate_size)
             linear = 2.0 * c.num_hidden_layers * block * sum(layout.sizes)
@@ -104,18 +161,32 @@ class Meter(TorchDispatchMode):
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         there, changes = {x.untyped_storage()._cdata for x in given}, func._schema.is_mutable
         new = changes or any(x.untyped_storage()._cdata not in there for x in made)
-        if not new or name in FREE or space in ("profiler", "prim"):
+        there_too = any(x.device.type == self.device for x in (*given, *made))
+        if not (new and there_too) or name in FREE or space in ("profiler", "prim"):
             return result
-        moved = sizes(given) + sizes(made or tree_leaves(args[0]))
-        if name in LOOKS | STORES:
-            moved = 2 * sizes(made if name in LOOKS else given[1:])
-        elif name in ("copy_", "_foreach_copy_", "zero_", "fill_"):  # what was there is not read
-            moved -= sizes(tree_leaves(args[0]))
-        elif name in ("zeros_like", "ones_like"):
-            moved = sizes(made)
         kind, flops = self.flops(func, name, args, kwargs, result)
+        moved, kernels = self.bytes(name, given, made, args), 1
+        if self.fusion.on:
+            one = flops > 0 or changes or name in LOOKS or "index" in name
+            kernels, fused = self.fusion.takes(given, made, one)
+            moved = moved * one + fused
         self.kernels[self.phase][kind, flops, moved] += 1
+        if not kernels:  # bytes of one that is counted
+            self.kernels[self.phase]["matmul", 0.0, 0] -= 1
+        self.costs[self.phase, "eager"] += kernels
+        self.costs[self.phase, "call"] += kind == "attention"
         return result
+
+    def bytes(self, name: str, given: Any, made: Any, args: Any) -> int:
+        """What an operator moves by itself."""
+        if name in LOOKS | STORES:
+            return 2 * sizes(made if name in LOOKS else given[1:])
+        if name in ("zeros_like", "ones_like"):
+            return sizes(made)
+        moved = sizes(given) + sizes(made or tree_leaves(args[0]))
+        if name in ("copy_", "_foreach_copy_", "zero_", "fill_"):  # what was there is not read
+            moved -= sizes(tree_leaves(args[0]))
+        return moved
 
     def flops(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> tuple[str, float]:
         """Of an operator, and the rate at which it may do them."""
@@ -130,13 +201,21 @@ class Meter(TorchDispatchMode):
         formula = flop_registry.get(func.overloadpacket)
         return "matmul", float(formula(*args, **kwargs, out_val=result)) if formula else 0.0
 
-    def predicted(self, phase: str, rates: dict[str, float]) -> dict[str, float]:
-        """Seconds by what bounds them."""
-        found = dict.fromkeys(BOUNDS, 0.0)
+    def predicted(self, phase: str, rates: Rates) -> Rates:
+        """Seconds by what bounds them. The host launches, and NVLink copies, while kernels run: of
+        both the part counts that takes longer. What has no rate takes no time."""
+        found = dict.fromkeys((*BOUNDS, *HOST), 0.0)
         for (kind, flops, moved), count in self.kernels[phase].items():
             work, memory = flops / rates[kind], moved / rates["memory"]
             found[kind if work > memory else "memory"] += count * max(work, memory)
-            found["launch"] += count * rates["launch"]
+            found["launch"] += count * (rates["launch"] + rates["product"] * (flops > 0))
+        device, part = sum(found.values()), defaultdict[str, float](float)
+        for (name, cost), count in self.costs.items():
+            part[cost] += rates.get(cost, 0.0) * count * (name == phase)
+        found["host"] = max(0.0, part["eager"] + part["call"] - device)
+        found["waiting"] = part["wait"] + part["upload"] + part["number"]
+        found["recording"] = part["recorded"]
+        found["links"] = part["pcie"] + part["collective"] + max(0.0, part["nvlink"] - device)
         return found
 
 
@@ -147,13 +226,15 @@ class Host(TorchFunctionMode):
         self.meter, self.device = meter, device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        self.meter.uploads[self.meter.phase] += (
-            func is torch.tensor and (kwargs or {}).get("device") == self.device
-        )
+        name, phase = getattr(func, "__name__", ""), self.meter.phase
         if name not in READS or args[0].device != self.device:
-            return func(*args, **(kwargs or {}))
-        self.meter.waits[self.meter.phase] += 1
+            result = func(*args, **(kwargs or {}))
+            listed = func is torch.tensor and (kwargs or {}).get("device") == self.device
+            moved = name == "to" and args[0].device != self.device == result.device
+            self.meter.costs[phase, "upload"] += listed or moved
+            self.meter.costs[phase, "number"] += result.numel() if listed else 0
+            return result
+        self.meter.costs[phase, "wait"] += 1
         x = args[0]
         if name in ("cpu", "nonzero"):
             return torch.zeros_like(x, device="cpu")
@@ -163,34 +244,57 @@ class Host(TorchFunctionMode):
         return {"__bool__": False, "__float__": 1.0}.get(name, zero)
 
 
-@contextlib.contextmanager
-def watched(meter: Meter, meta: bool) -> Iterator[None]:
-    """The product with its phases told to the meter; on the meta device it acts as on a GPU."""
-    prepare = lm.Packed.prepare
+# ------------------------------------------------------------- where it takes hold of the product
+
+
+def decoding(meter: Meter) -> tuple[type[lm.Cache], Callable[[Any], Any]]:
+    """The product's cache, whose prefill and steps are phases; and in place of `record_graph` what
+    counts a recorded step again each time that it is replayed."""
 
     class Cache(lm.Cache):
-        """Prefill and decoding are phases."""
+        """Counts batches, steps and bytes."""
 
         def __init__(self, *args: Any) -> None:
             with meter.within("prefill"):
                 super().__init__(*args)
+            meter.batches += 1
+            meter.cache = max(meter.cache, sizes([self.keys, self.values]))
 
-        def step(self, tokens_B: Tensor) -> None:
+        def step(self, *args: Any) -> None:
             meter.steps += 1
             with meter.within("decode"):
-                super().step(tokens_B)
-
-    def begin(self: Any, config: lm.Config, dtype: torch.dtype) -> None:
-        meter.begin(self, config)
-        prepare(self, config, dtype)
+                super().step(*args)
 
     def record(step: Any) -> Any:
         before, result = Counter(meter.kernels["decode"]), step()
         once = meter.kernels["decode"] - before
         meter.recordings += 1
+        meter.costs["decode", "recorded"] += once.total()
+        meter.costs["decode", "eager"] -= once.total()
+        meter.costs["decode", "call"] -= sum(n for key, n in once.items() if key[0] == "attention")
         return lambda: meter.kernels["decode"].update(once), result
 
-    changes = [(lm, "Cache", Cache), (lm.Packed, "prepare", begin)]
+    return Cache, record
+
+
+@contextlib.contextmanager
+def watched(meter: Meter, meta: bool) -> Iterator[None]:
+    """The product with its phases told to the meter; on the meta device it acts as on a GPU."""
+    prepare, decoder = lm.Packed.prepare, train.Ranks.decoder
+    Cache, record = decoding(meter)
+
+    def begin(self: Any, config: lm.Config, dtype: torch.dtype) -> None:
+        meter.begin(self, config)
+        prepare(self, config, dtype)
+
+    @contextlib.contextmanager
+    def ready(self: train.Ranks, model: lm.Transformer) -> Iterator[lm.Transformer]:
+        with contextlib.ExitStack() as stack:
+            with meter.within("copy"):
+                whole = stack.enter_context(decoder(self, model))
+            yield whole
+
+    changes = [(lm, "Cache", Cache), (lm.Packed, "prepare", begin), (train.Ranks, "decoder", ready)]
     changes += [(train.Learner, "clock", lambda self, name: meter.within(name))]
     if meta:
         changes += [(lm, "has_kernel", lambda device, dtype, size: dtype == torch.bfloat16)]
@@ -200,4 +304,29 @@ def watched(meter: Meter, meta: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(mock.patch.object(*change))
+        yield
+
+
+@contextlib.contextmanager
+def fusing(meter: Meter, models: Sequence[lm.Transformer]) -> Iterator[None]:
+    """The blocks of models as their compiler would fuse them. A backward pass begins with the
+    head, which is not compiled."""
+    backward = lm.TokenLogprobs.backward
+
+    def head(*args: Any) -> Any:
+        grads = backward(*args)
+        meter.fusion.on = True
+        return grads
+
+    def fused(forward: Any) -> Any:
+        def block(*args: Any) -> Any:
+            with meter.fusion.block():
+                return forward(*args)
+
+        return block
+
+    for model in models:
+        for block in model.model["layers"].children():
+            block.forward = fused(block.forward)
+    with mock.patch.object(lm.TokenLogprobs, "backward", staticmethod(head)):
         yield
