@@ -5,9 +5,9 @@ A kernel is an operator whose result is not a view. FLOPs are torch.utils.flop_c
 attention 4 (backward: 10) a channel and pair of a query and a key that it sees. Bytes: each
 argument and result once, of tables the rows that are looked up or stored.
 
-With --compile, by a rule in place of a compiler: in a block, and in its backward pass, what is done
-element by element with as many products behind it is one kernel, which reads once what others have
-made, and writes what others read. A block's ends are borders.
+With --compile, by a rule in place of a compiler: in a block, and in its backward pass, operators
+other than products and look-ups that feed each other, with equally many of those behind them, are
+one kernel, which reads once what others have made, and writes what others read.
 """
 
 import contextlib
@@ -68,10 +68,10 @@ class Fusion:
 
     def __init__(self) -> None:
         self.on, self.floor = False, 0
-        self.depths: dict[int, int] = {}  # of storages: the products behind them
-        self.fused: set[int] = set()  # storages that element-wise operators made,
-        self.held: set[int] = set()  # and those of them that are not written yet
-        self.done: set[Any] = set()  # kernels, by depth; what each has read
+        self.depths: dict[int, int] = {}  # of storages: products behind them
+        self.kernels: dict[int, int] = {}  # of storages: the fused kernel that makes each
+        self.held: set[int] = set()  # storages that are not written yet
+        self.read: set[tuple[int, int]] = set()  # kernels, and storages that each has read
         self.alive: list[Any] = []  # so that no two storages have one name
 
     @contextlib.contextmanager
@@ -89,22 +89,24 @@ class Fusion:
         self.alive += at
         keys, moved = [storage._cdata for storage in at], 0
         depth = max([self.floor, *(self.depths.get(key, 0) for key in keys[: len(given)])])
+        inside = {k for k in keys[: len(given)] if k in self.kernels and self.depths[k] == depth}
+        parts = {self.kernels[key] for key in inside if not one}
+        kernel = min(parts, default=len(self.alive))
+        if len(parts) > 1:  # what was two is one
+            self.kernels = {k: kernel if x in parts else x for k, x in self.kernels.items()}
         for key, x, storage in zip(keys, given, at, strict=False):
-            if not one and key in self.fused and self.depths[key] == depth:
-                continue
-            moved += storage.nbytes() * (key in self.held)
-            self.held.discard(key)
-            if not one and (depth, key) not in self.done:
-                self.done.add((depth, key))
-                moved += sizes([x])
+            if one or key not in inside:
+                moved += storage.nbytes() * (key in self.held)
+                self.held.discard(key)
+                moved += sizes([x]) * (not one and (kernel, key) not in self.read)
+                self.read.add((kernel, key))
         for key in keys[len(given) :]:
             self.depths[key] = depth + one
+            self.kernels.pop(key, None)
             if not one:
-                self.fused.add(key)
+                self.kernels[key] = kernel
                 self.held.add(key)
-        kernels = int(one or depth not in self.done)
-        self.done.add(depth)
-        return kernels, moved
+        return 1 - len(parts), moved
 
 
 class Meter(TorchDispatchMode):
@@ -171,8 +173,8 @@ class Meter(TorchDispatchMode):
             kernels, fused = self.fusion.takes(given, made, one)
             moved = moved * one + fused
         self.kernels[self.phase][kind, flops, moved] += 1
-        if not kernels:  # bytes of one that is counted
-            self.kernels[self.phase]["matmul", 0.0, 0] -= 1
+        if kernels < 1:  # it is part of one that is counted, or makes one of several
+            self.kernels[self.phase]["matmul", 0.0, 0] += kernels - 1
         self.costs[self.phase, "eager"] += kernels
         self.costs[self.phase, "call"] += kind == "attention"
         return result

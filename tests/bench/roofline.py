@@ -50,6 +50,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import data
 import model as lm
 import sapo
+import train
 
 # FLOP/s and bytes/s (read and written) that are achieved; seconds a launch, and what a product
 # takes more; FLOP/s and bytes/s at the peak. Matmuls as sustained (an H200 has shown 790 on one
@@ -70,8 +71,7 @@ COSTS: Rates = {  # seconds of the host and of links, assumed; "number" was meas
 H100: Rates = dict(zip(NAMES, (650e12, 300e12, 3.0e12, 2e-6, 3e-6, 989e12, 3.35e12), strict=True))
 H100 |= COSTS
 CARDS = {"H100": H100, "H200": H100 | {"memory": 4.3e12, "peak memory": 4.8e12}}
-PHASES = ("ema", "copy", "prefill", "decode", "generate", "reference", "policy", "optimizer")
-PHASES += ("rest",)
+PHASES = "ema copy prefill decode generate reference policy optimizer rest".split()  # noqa: SIM905
 LESS = "--activation-checkpointing"
 GPU = ["--precision", "bf16", "--micro-batch-size", 4, LESS]
 RANKS = 8
@@ -156,10 +156,17 @@ def rank_of(size: str, lengths: Lengths, flags: Sequence[object], one: Meter) ->
 def measure(
     size: str, device: str, lengths: Lengths, flags: Sequence[object], reps: int, quick: bool
 ) -> list[tuple[Rates, Any]]:
-    """Rounds of steps beside the machine's rates: these, and the seconds of each phase."""
-    source, meters, one = source_of(size, device, lengths, flags), [], torch.zeros(1, device=device)
-    calls, flops = clock.matmul_calls(device, quick)
-    copy, moved = clock.copy_call(device, quick)
+    """Steps, each with the machine's rates and the seconds of its phases. On a CPU, which others
+    use too, the rates are taken in turn with the steps; on a GPU before, while there is room."""
+    cuda, seconds, one = device == "cuda", clock.Times(), torch.zeros(1, device=device)
+
+    def machine() -> dict[str, Any]:
+        precision = train.parse_args(["--data", "none", *map(str, flags)]).precision
+        calls, flops = clock.matmul_calls(device, quick)
+        copy, moved = clock.copy_call(device, quick)
+        work.update(matmul=flops, copy=moved, launch=1000.0)
+        launch = lambda _: [one + 1 for _ in range(1000)]  # noqa: E731
+        return {"matmul": calls[f"matmul {precision}"], "copy": copy, "launch": launch}
 
     def step(rep: int) -> None:
         meters.append(Meter())
@@ -167,18 +174,19 @@ def measure(
             shapes.step(source, rep + 1)
             meters[-1].turn("rest")
 
-    tried = {"matmul": calls[f"matmul {source.run.config.precision}"], "copy": copy, "step": step}
-    tried["launch"] = lambda _: [one + 1 for _ in range(1000)]
-    seconds, rounds = clock.alternate(tried, reps, device), []
-    for matmul, copied, launch, meter in zip(
-        seconds["matmul"], seconds["copy"], seconds["launch"], meters[1:], strict=True
-    ):
-        rates = H100 if device == "cuda" else dict.fromkeys(NAMES, 0.0)
-        rate, measured = flops / matmul, "eager" if device == "cuda" else "launch"
-        slower = H100["attention"] / H100["matmul"] if device == "cuda" else 1
-        rates = rates | {"matmul": rate, "attention": rate * slower, "peak": rate}
-        rates |= {"memory": moved / copied, measured: launch / 1000}
-        rounds.append((rates, meter.seconds))
+    work, meters = dict[str, float](), list[Meter]()
+    if cuda:
+        seconds |= clock.alternate(machine(), reps, device)
+    source = source_of(size, device, lengths, flags)
+    seconds |= clock.alternate((machine() if not cuda else {}) | {"step": step}, reps, device)
+    rounds = []
+    for i, meter in enumerate(meters[1:]):
+        rate, copied, launches = (work[name] / seconds[name][i] for name in work)
+        rates = H100 if cuda else dict.fromkeys(NAMES, 0.0) | {"peak": rate}
+        rates = rates | {"matmul": rate, "memory": copied, "attention": rate}
+        if cuda:
+            rates["attention"] *= H100["attention"] / H100["matmul"]
+        rounds.append((rates | {"eager" if cuda else "launch": 1 / launches}, meter.seconds))
     return rounds
 
 
@@ -210,6 +218,7 @@ def spent(meter: Meter, rates: Rates, *phases: str) -> Rates:
 def report(title: str, meter: Meter, rates: Rates, rounds: Sequence[Any] = ()) -> None:
     """The table of a step; `rounds` are measured ones, each predicted from its own rates."""
     lines = []
+    bounds = [bound for bound, x in spent(meter, rates, *PHASES).items() if x]
     for phase in (*PHASES, "all"):
         names = PHASES if phase == "all" else (phase,)
         kernels = [(key, n) for name in names for key, n in meter.kernels[name].items()]
@@ -217,14 +226,15 @@ def report(title: str, meter: Meter, rates: Rates, rounds: Sequence[Any] = ()) -
         line = [phase, str(sum(n for _, n in kernels))]
         line += [f"{sum(key[i] * n for key, n in kernels) / 1e9:,.1f}" for i in (1, 2)]
         line += [str(sum(meter.costs[name, x] for name in names)) for x in ("wait", "upload")]
-        line += [f"{1000 * x:,.1f}" for x in (*parts.values(), sum(parts.values()))]
+        line += [f"{1000 * parts[bound]:,.1f}" for bound in bounds]
+        line += [f"{1000 * sum(parts.values()):,.1f}"]
         if rounds:
             said = [sum(spent(meter, r, *names).values()) for r, _ in rounds]
             took = [sum(seconds[name] for name in names) for _, seconds in rounds]
             line += [clock.spread([1000 * x for x in took], 1)]
             line += [clock.spread([t / max(s, 1e-9) for t, s in zip(took, said, strict=True)])]
         lines.append(line)
-    head = ["phase", "kernels", "GFLOP", "GB", "waits", "uploads", *BOUNDS, *HOST, "ms predicted"]
+    head = ["phase", "kernels", "GFLOP", "GB", "waits", "uploads", *bounds, "ms predicted"]
     clock.table(title, [*head, *["ms measured", "over predicted"][: 2 * bool(rounds)]], lines)
     text = "\nMFU {:.1%} of both passes, {:.1%} of the step; {:,.1f} useful TFLOP; "
     text += "{} steps of decoding, {} recordings"
@@ -245,19 +255,20 @@ def bandwidth(meter: Meter, rates: Rates, unread: int) -> float:
     return (2 * (meter.weights - unread) + meter.cache) / rates["peak memory"] / seconds
 
 
-def targets(lengths: Lengths, flags: Sequence[object], graphs: Sequence[int], breaks: int) -> None:
-    """Llama-3-8B's step with --compile and 64 pairs: as it was audited, as it should be, as it is.
-    The audit took other arithmetic for the host, GPU by GPU; it is in SPEED.md."""
-    one = count("llama8b", "meta", lengths, [*flags, "--compile", "--ema-offload"])
-    rank = rank_of("llama8b", lengths, [*flags, "--compile"], one)
-    both, shape = ((rank, CARDS["H100"]), (one, CARDS["H200"])), shapes.SHAPES["llama8b"]
-    for name, (meter, rates) in zip((f"a rank of {RANKS} H100", "an H200"), both, strict=True):
-        report(f"llama8b, {name}, --compile", meter, rates)
+def targets(size: str, lengths: Lengths, flags: Sequence[object], made: int, breaks: int) -> None:
+    """A step with --compile and 64 pairs: Llama-3-8B's as it was, as it should be, and as it is.
+    `made`: graphs that were compiled after the second step."""
+    one = count(size, "meta", lengths, [*flags, "--compile", "--ema-offload"])
+    rank = rank_of(size, lengths, [*flags, "--compile"], one)
+    both = ((rank, CARDS["H100"]), (one, CARDS["H200"]))
+    names = (f"a rank of {RANKS} H100", "an H200 with --ema-offload")
+    for name, x in zip(names, both, strict=True):
+        report(f"{size}, {name}, --compile", *x)
     steps = one.steps + one.recordings  # a step is run once before it is recorded
     kernels = sum(one.kernels[name].total() for name in ("decode", "generate"))
     passes = [mfu(*x, "reference", "policy") for x in both]
     whole = [sum(spent(*x, *PHASES).values()) for x in both]
-    shares = [bandwidth(*x, shape.head) for x in both]
+    shares = [bandwidth(*x, shapes.SHAPES[size].head) for x in both]
     waits = sum(one.costs[name, "wait"] for name in ("decode", "generate"))
     found = (
         ("MFU of policy and reference", "42%, 44%", "52%, 49%", "{:.0%}, {:.0%}", passes),
@@ -267,10 +278,10 @@ def targets(lengths: Lengths, flags: Sequence[object], graphs: Sequence[int], br
         ("host waits a token", "2 to 4", "1/8", "{:.2f}", [waits / one.steps]),
         ("recordings a batch", "4 to 6", "row counts", "{:g}", [one.recordings / one.batches]),
         ("--compile: breaks; graphs made after step 2", "3 a block; up to 8", "0; 0", "{}; {}",
-         [breaks, graphs[-1] - graphs[1]]),
+         [breaks, made]),
     )  # fmt: skip
     lines = [[name, was, aim, form.format(*x)] for name, was, aim, form, x in found]
-    title = "llama8b, 64 pairs: a rank of 8 H100, an H200 with --ema-offload"
+    title = f"{size}, 64 pairs: {names[0]}, {names[1]}"
     clock.table(title, ["predicted", "before", "to reach", "now"], lines)
 
 
@@ -284,7 +295,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--response", type=int, default=512, help="tokens [512]")
     parser.add_argument("--measure", action="store_true", help="on this machine")
     parser.add_argument("--reps", type=int, default=5, help="measured steps [5]")
-    parser.add_argument("--quick", action="store_true", help="small matmuls and copies")
+    parser.add_argument("--quick", action="store_true", help="small matmuls, no inductor")
     args, rest = parser.parse_known_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     meta = not args.measure or device == "cuda"
@@ -298,11 +309,12 @@ def main(argv: Sequence[str]) -> None:
             middle = {key: statistics.median(r[key] for r, _ in rounds) for key in rounds[0][0]}
             report(f"{size} ({title}), {device}, here", meter, middle, rounds)
             print(", ".join(f"{key} {rate:.3g}" for key, rate in middle.items()))
-    backend = "inductor" if shutil.which(os.environ.get("CXX", "g++")) else "eager"
+    there = shutil.which(os.environ.get("CXX", "g++")) and not args.quick
+    backend = "inductor" if there else "eager"
     graphs, breaks = compiled(backend)
     print(f"\n--compile, {backend}: {graphs} graphs after each of four steps, {breaks} breaks")
     if "llama8b" in args.size and not args.measure:
-        targets(lengths, flags, graphs, breaks)
+        targets("llama8b", lengths, flags, graphs[-1] - graphs[1], breaks)
 
 
 if __name__ == "__main__":
