@@ -114,7 +114,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, device: str = "meta") -> None:
         super().__init__()
-        self.device = device
+        self.device, self.told_zeros = device, False
         self.kernels: dict[str, Any] = defaultdict(Counter)  # (kind, FLOPs, bytes): how many
         self.costs = Counter[tuple[str, str]]()  # of a phase: what the host did, by roofline.COSTS
         self.seconds: dict[str, float] = defaultdict(float)
@@ -136,7 +136,7 @@ class Meter(TorchDispatchMode):
 
     def turn(self, name: str) -> None:
         """Here another phase begins."""
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[self.phase] += now - self.began
@@ -225,7 +225,7 @@ class Host(TorchFunctionMode):
     """Counts what the host reads from the device, and answers with zeros; and what it sends."""
 
     def __init__(self, meter: Meter, device: torch.device) -> None:
-        self.meter, self.device = meter, device
+        self.meter, self.device, meter.told_zeros = meter, device, True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, phase = getattr(func, "__name__", ""), self.meter.phase
@@ -249,9 +249,10 @@ class Host(TorchFunctionMode):
 # ------------------------------------------------------------- where it takes hold of the product
 
 
-def decoding(meter: Meter) -> tuple[type[lm.Cache], Callable[[Any], Any]]:
-    """The product's cache, whose prefill and steps are phases; and in place of `record_graph` what
-    counts a recorded step again each time that it is replayed."""
+def decoding(meter: Meter) -> list[tuple[Any, str, Any]]:
+    """Prefill and decoding are phases. Where the host is told zeros, a row has made what it may,
+    and what is recorded is counted again each time that it is replayed."""
+    real, record_graph = lm.Batch.made, lm.record_graph
 
     class Cache(lm.Cache):
         """Counts batches, steps and bytes."""
@@ -262,28 +263,45 @@ def decoding(meter: Meter) -> tuple[type[lm.Cache], Callable[[Any], Any]]:
             meter.batches += 1
             meter.cache = max(meter.cache, sizes([self.keys, self.values]))
 
-        def step(self, *args: Any) -> None:
+        def step(self, tokens_BW: Tensor, *args: Any) -> Tensor:
             meter.steps += 1
+            meter.seen = tokens_BW.numel() * self.keys.shape[2]
             with meter.within("decode"):
-                super().step(*args)
+                return super().step(tokens_BW, *args)
 
-    def record(step: Any) -> Any:
-        before, result = Counter(meter.kernels["decode"]), step()
+    def made(self: lm.Batch, low: int, high: int) -> Any:
+        found = [*real(self, low, high)]
+        return [[(0, 0.0)] * (high - low) for _ in found] if meter.told_zeros else found
+
+    def record(step: Callable[[], Any]) -> Callable[[], None]:
+        before = Counter(meter.kernels["decode"])
+        with meter.within("decode"):
+            graph = None if meter.told_zeros else record_graph(step)
+            if graph is None:
+                step()
         once = meter.kernels["decode"] - before
         meter.recordings += 1
         meter.costs["decode", "recorded"] += once.total()
         meter.costs["decode", "eager"] -= once.total()
         meter.costs["decode", "call"] -= sum(n for key, n in once.items() if key[0] == "attention")
-        return lambda: meter.kernels["decode"].update(once), result
 
-    return Cache, record
+        def replay() -> None:
+            meter.steps += 1
+            meter.kernels["decode"].update(once)
+            with meter.within("decode"):
+                if graph is not None:
+                    graph()
+
+        return replay
+
+    return [(lm, "Cache", Cache), (lm.Batch, "made", made), (lm, "record_graph", record)]
 
 
 @contextlib.contextmanager
-def watched(meter: Meter, meta: bool) -> Iterator[None]:
-    """The product with its phases told to the meter; on the meta device it acts as on a GPU."""
+def watched(meter: Meter, meta: bool, sharded: bool = False) -> Iterator[None]:
+    """The product with its phases told to the meter; on the meta device it acts as on a GPU, and
+    `sharded` as where the decoder's weights are gathered."""
     prepare, decoder = lm.Packed.prepare, train.Ranks.decoder
-    Cache, record = decoding(meter)
 
     def begin(self: Any, config: lm.Config, dtype: torch.dtype) -> None:
         meter.begin(self, config)
@@ -293,14 +311,20 @@ def watched(meter: Meter, meta: bool) -> Iterator[None]:
     def ready(self: train.Ranks, model: lm.Transformer) -> Iterator[lm.Transformer]:
         with contextlib.ExitStack() as stack:
             with meter.within("copy"):
-                whole = stack.enter_context(decoder(self, model))
+                if sharded:
+                    weights = {name: x.detach() for name, x in model.named_parameters()}
+                    whole = lm.with_weights(model.config, weights)
+                else:
+                    whole = stack.enter_context(decoder(self, model))
             yield whole
 
-    changes = [(lm, "Cache", Cache), (lm.Packed, "prepare", begin), (train.Ranks, "decoder", ready)]
+    changes = [*decoding(meter), (lm.Packed, "prepare", begin), (train.Ranks, "decoder", ready)]
     changes += [(train.Learner, "clock", lambda self, name: meter.within(name))]
+    if meter.told_zeros:
+        changes += [(lm, "can_pack", lambda dtype: False)]  # the same products otherwise
     if meta:
         changes += [(lm, "has_kernel", lambda device, dtype, size: dtype == torch.bfloat16)]
-        changes += [(lm, "record_graph", record), (lm, "LOGITS", {"meta": lm.LOGITS["cuda"]})]
+        changes += [(lm, "LOGITS", {"meta": lm.LOGITS["cuda"]})]
         changes += [(lm.RMSNorm, "forward", lambda self, x: norm(x, self.weight.to(x.dtype)))]
         changes += [(nn.utils.clip_grad, "_device_has_foreach_support", lambda _: True)]
     with contextlib.ExitStack() as stack:

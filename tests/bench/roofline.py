@@ -128,7 +128,8 @@ def count(
             model.to(torch.bfloat16)
         for x in parameters if sharded else ():  # FSDP2 takes it from each pass
             x.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", None))
-        for part in (watched(meter, meta), meter, Host(meter, torch.device(device))):
+        host = Host(meter, torch.device(device))
+        for part in (watched(meter, meta, sharded), meter, host):
             stack.enter_context(part)
         shapes.step(source, 1)
     if "--ema-offload" in flags:
@@ -264,7 +265,6 @@ def targets(size: str, lengths: Lengths, flags: Sequence[object], made: int, bre
     names = (f"a rank of {RANKS} H100", "an H200 with --ema-offload")
     for name, x in zip(names, both, strict=True):
         report(f"{size}, {name}, --compile", *x)
-    steps = one.steps + one.recordings  # a step is run once before it is recorded
     kernels = sum(one.kernels[name].total() for name in ("decode", "generate"))
     passes = [mfu(*x, "reference", "policy") for x in both]
     whole = [sum(spent(*x, *PHASES).values()) for x in both]
@@ -274,7 +274,7 @@ def targets(size: str, lengths: Lengths, flags: Sequence[object], made: int, bre
         ("MFU of policy and reference", "42%, 44%", "52%, 49%", "{:.0%}, {:.0%}", passes),
         ("seconds of the step", "4.7, 30", "3.5, 16", "{:.1f}, {:.1f}", whole),
         ("decoding's share of the bandwidth", "50%, 41%", "70%, 70%", "{:.0%}, {:.0%}", shares),
-        ("kernels a decode step", "979", "450", "{:.0f}", [kernels / steps]),
+        ("kernels a decode step", "979", "450", "{:.0f}", [kernels / one.steps]),
         ("host waits a token", "2 to 4", "1/8", "{:.2f}", [waits / one.steps]),
         ("recordings a batch", "4 to 6", "row counts", "{:g}", [one.recordings / one.batches]),
         ("--compile: breaks; graphs made after step 2", "3 a block; up to 8", "0; 0", "{}; {}",
