@@ -25,11 +25,12 @@ import hashlib
 import inspect
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import accumulate, compress
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -166,9 +167,9 @@ class Transformer(nn.Module):
                 x_TD = checkpoint(block, x_TD, rotation, used, use_reentrant=False)
             else:
                 x_TD = block(x_TD, rotation, used)
-        head = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
-        read = used.read(self.model["norm"](x_TD), head.weight)
-        return read if layout else read.unflatten(0, tokens.shape)
+        head = self.lm_head if "lm_head" in self._modules else self.model["embed_tokens"]
+        read = used.read(self.model["norm"](x_TD), head)
+        return read if layout else read.unflatten(0, tokens.shape).to(x_TD.dtype)
 
 
 class Block(nn.Module):
@@ -188,13 +189,18 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; who sees whom is the layout's affair."""
+    """Grouped-query attention with rotary positions; who sees whom is the layout's affair. A model
+    for decoding holds the `matrices` as one, `fused`: see `with_weights`."""
+
+    matrices = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.layer, self.window, self.head_dim = layer, config.windows[layer], config.head_dim
         hidden, wide = config.hidden_size, config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
+        self.fused: Any = None
+        self.widths = [wide, narrow, narrow]
         self.q_proj = Linear(hidden, wide, bias=config.qkv_bias)
         self.k_proj = Linear(hidden, narrow, bias=config.qkv_bias)
         self.v_proj = Linear(hidden, narrow, bias=config.qkv_bias)
@@ -202,7 +208,10 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], layout: Packed) -> Tensor:
         """(T, D) -> (T, D)."""
-        parts = (part(x_TD) for part in (self.q_proj, self.k_proj, self.v_proj))
+        if self.fused is None:
+            parts: Any = (part(x_TD) for part in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            parts = self.fused(x_TD).split(self.widths, -1)
         q_THE, k_TKE, v_TKE = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
         q_THE, k_TKE = rotate(q_THE, rotation), rotate(k_TKE, rotation)
         return self.o_proj(layout.attend(q_THE, k_TKE, v_TKE, self).flatten(1))
@@ -211,23 +220,34 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
+    matrices = ("gate_proj", "up_proj")
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.fused: Any = None
         self.gate_proj = Linear(hidden, inner, bias=bias)
         self.up_proj = Linear(hidden, inner, bias=bias)
         self.down_proj = Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.fused is None:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.fused(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Linear(nn.Linear):
     """A linear map in the type of its input, whatever that of its weights."""
 
+    packed: Tensor | None = None  # the weight as oneDNN wants it
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self.packed is not None:
+            told = (self.packed, self.bias, "none", [], "")  # and no more operations after it
+            return torch.ops.mkldnn._linear_pointwise(input, *told)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
@@ -271,14 +291,19 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 # ----------------------------------------------------------------------------------- the layouts
 
-# Torch 2.13 asks to be told of grouped heads; 2.11, which has no word for it, sees them itself.
-GROUPED: Any = dict.fromkeys({"enable_gqa"} & {*inspect.signature(varlen_attn).parameters}, True)
+# Torch 2.13 asks to be told of grouped heads, and 2.11, which has no word for it, sees them itself;
+# nor can 2.11 be told how many of the stored keys are there.
+WORDS = inspect.signature(varlen_attn).parameters
+GROUPED: Any = dict.fromkeys({"enable_gqa"} & {*WORDS}, True)
 
 
 class Packed:
     """Sequences one behind the other in one row of T tokens, so that nothing is padded. `sizes` are
     their tokens. A sequence sees before its own the first tokens of the sequence before it, as many
     as `prefixes` says, and its positions go on from there."""
+
+    places: Tensor | None = None  # of the tokens that are read, or all
+    store: Callable[[int, Tensor, Tensor], None] | None = None  # takes a layer's keys and values
 
     def __init__(self, sizes: list[int], prefixes: list[int], device: torch.device) -> None:
         self.sizes, self.seen_sizes = sizes, [*map(sum, zip(sizes, prefixes, strict=True))]
@@ -310,6 +335,8 @@ class Packed:
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
         """What the queries of a layer find, (T, H, E)."""
+        if self.store is not None:
+            self.store(attention.layer, k_TKE, v_TKE)
         k_SKE, v_SKE = k_TKE.index_select(0, self.seen), v_TKE.index_select(0, self.seen)
         if not self.one_kernel:
             return self.one_by_one(q_THE, k_SKE, v_SKE, attention.window)
@@ -330,9 +357,12 @@ class Packed:
         found = [attend(*qkv, attn_mask=bias, is_causal=bias is None) for *qkv, bias in both]
         return torch.cat(found, 2).squeeze(0).transpose(0, 1)
 
-    def read(self, x_TD: Tensor, head_VD: Tensor) -> Tensor:
-        """The logits of every token, (T, V)."""
-        return F.linear(x_TD, head_VD.to(x_TD.dtype))
+    def read(self, x_TD: Tensor, head: Any) -> Tensor:
+        """The logits of the tokens, (T, V) float32, or of those at `places`."""
+        x_TD = x_TD if self.places is None else x_TD.index_select(0, self.places)
+        if isinstance(head, Linear) and head.packed is not None:
+            return head(x_TD).float()
+        return float_logits(x_TD, head.weight.to(x_TD.dtype))
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -373,10 +403,10 @@ class Branches(Packed):
         self.places = torch.tensor(places, dtype=torch.int64, device=device)  # (M,)
         self.targets = torch.tensor(targets, dtype=torch.int64, device=device)  # (M,)
 
-    def read(self, x_TD: Tensor, head_VD: Tensor) -> Tensor:
+    def read(self, x_TD: Tensor, head: Any) -> Tensor:
         """The log-probs of the response tokens, (M,) float32."""
-        keep = KEPT if torch.is_grad_enabled() else 0
-        return TokenLogprobs.apply(x_TD.index_select(0, self.places), head_VD, self.targets, keep)
+        keep, x_MD = KEPT if torch.is_grad_enabled() else 0, x_TD.index_select(0, self.places)
+        return TokenLogprobs.apply(x_MD, head.weight, self.targets, keep)
 
 
 def tree_size(pair: Any) -> int:
@@ -392,43 +422,88 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 class Cache(Packed):
-    """A static key-value cache of B rows: made of prompts, which it takes in at once, packed; each
-    `step` then adds a token to each row (T = B). `logits_BV` are those after what was added last.
-    `size` is the most tokens that a row will have; a step reads `width` of them, with `record` a
-    multiple of 128: such steps are recorded, and replayed with new numbers until a shape changes.
-    `record(step)` gives a function that does what step() does, and the tensor that it fills."""
+    """B rows that are decoded together, with a static cache of keys and values. What a step reads
+    and writes lies on the device, and stays where it is until rows leave: it can be recorded.
 
-    def __init__(self, model: Transformer, prompts: Sequence[Any], size: int, record: Any) -> None:
-        self.lengths, self.size, self.width = [*map(len, prompts)], size, 0
-        super().__init__(self.lengths, [0] * len(prompts), model.device)
-        self.model, self.record, self.shape = model, record, (0, 0)
-        c = model.config
-        made: Any = {"device": model.device, "dtype": model.compute_dtype or model.dtype}
-        shape = (c.num_hidden_layers, len(prompts), c.num_key_value_heads, size, c.head_dim)
-        self.keys, self.values = torch.zeros(shape, **made), torch.zeros(shape, **made)
-        rows = [row for row, prompt in enumerate(prompts) for _ in prompt]
-        self.rows = torch.tensor(rows, device=model.device)  # (T,): whose each token is
-        self.last = self.ends[0][1:] - 1  # (B,)
-        tokens = [token for prompt in prompts for token in prompt]
-        self.logits_BV = model(torch.tensor(tokens, device=model.device), self)
-        # From here on a token a row. Recorded steps read both where they lie now: they stay there.
-        self.rows, self.positions = self.rows[self.last], self.positions[self.last]
+    The prompts are taken in packed, not too many tokens at a time. A `step` takes in the token that
+    each row made last, and W - 1 guesses at those that follow it (`fed_BW`); it picks a token after
+    each, and those up to the first that is not the guess are what W plain steps would have made."""
 
-    def step(self, tokens_B: Tensor) -> None:
-        """Takes one token more in, in each row."""
+    def __init__(self, model: Transformer, asked: Sequence[Any], pick: Any, widest: int) -> None:
+        prompts, budgets, seeds, *_ = zip(*asked, strict=True)
+        c, dtype, device = model.config, model.compute_dtype or model.dtype, model.device
+        self.model, self.pick, self.most = model, pick, max(budgets)
+        self.size = max(map(sum, zip(map(len, prompts), budgets, strict=True))) + widest - 1
+        self.width = self.size  # of the stored tokens a step looks at so many, or at those in use
+        self.one_kernel = "seqused_k" in WORDS and has_kernel(device, dtype, c.head_dim)
+        # The kernel wants the heads of a token together, products by hand the tokens of a head.
+        shape = [2, c.num_hidden_layers, len(prompts), c.num_key_value_heads, self.size, c.head_dim]
+        shape[3:5] = shape[3:5][::-1] if self.one_kernel else shape[3:5]
+        stored = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys, self.values = (
+            stored if self.one_kernel else stored.transpose(3, 4)
+        )  # L, B, S, K, E
+        shape = [2, len(prompts), self.most + 1]  # what is made beyond a row's end goes to the last
+        self.made_2BS = torch.zeros(shape, dtype=torch.float64, device=device)  # tokens, log-probs
+        uniforms_BS = torch.zeros(shape[1:], dtype=torch.float64)
+        for uniforms, budget, seed in zip(uniforms_BS, budgets, seeds, strict=True):
+            uniforms[:budget].uniform_(generator=torch.Generator().manual_seed(seed))
+        self.uniforms_BS = uniforms_BS.to(device)
+        self.starts_B = torch.tensor([*map(len, prompts)], device=device)
+        self.counts_B, self.fed_BW = torch.zeros_like(self.starts_B), self.starts_B[:, None].clone()
+        first, found = 0, []
+        while first < len(prompts):
+            ends = [*accumulate(map(len, prompts[first:]))]
+            group = prompts[first : first + max(1, sum(end <= PREFILL for end in ends))]
+            layout = Packed([*map(len, group)], [0] * len(group), device)
+            rows = [row for row, prompt in enumerate(group, first) for _ in prompt]
+            layout.store = partial(self.put, (torch.tensor(rows, device=device), layout.positions))
+            layout.places = layout.ends[0][1:] - 1
+            tokens = [token for prompt in group for token in prompt]
+            found.append(model(torch.tensor(tokens, device=device), layout))
+            first += len(group)
+        self.choose(torch.cat(found))
+
+    def put(self, places: tuple[Tensor, Tensor], layer: int, k: Tensor, v: Tensor) -> None:
+        """Stores keys and values at their rows and positions."""
+        self.keys[layer][places], self.values[layer][places] = k, v
+
+    def step(self) -> None:
+        """Makes 1 to W tokens a row."""
+        places_W = torch.arange(self.fed_BW.shape[1], device=self.fed_BW.device)
+        places_BW = (self.starts_B + self.counts_B - 1)[:, None] + places_W
         # A row that has stopped, but was kept, may go on past the end: it stays on the last place.
-        self.positions.add_(1).clamp_max_(self.size - 1)
-        self.lengths = [length + 1 for length in self.lengths]
-        grain = 128 if self.record else 1
-        self.width = min(self.size, -(-max(self.lengths) // grain) * grain)
-        if not self.record:
-            self.logits_BV = self.model(tokens_B, self)
-            return
-        if self.shape != (len(tokens_B), self.width):
-            self.shape, self.tokens = (len(tokens_B), self.width), tokens_B.clone()
-            self.replay, self.logits_BV = self.record(lambda: self.model(self.tokens, self))
-        self.tokens.copy_(tokens_B)
-        self.replay()
+        self.places_BW = places_BW.clamp_max(self.size - 1)
+        self.positions = self.places_BW.flatten()
+        self.choose(self.model(self.fed_BW.flatten(), self))
+
+    def choose(self, logits_TV: Tensor) -> None:
+        """Picks a token after each that was fed, and counts those that right guesses precede."""
+        places_W = torch.arange(self.fed_BW.shape[1], device=self.fed_BW.device)
+        at_BW = (self.counts_B[:, None] + places_W).clamp_max(self.most)
+        picked_T = self.pick(logits_TV, self.uniforms_BS.gather(1, at_BW).flatten())
+        logps_TV, picked_BW = logits_TV.log_softmax(-1), picked_T.view_as(at_BW)
+        logps_BW = logps_TV.gather(1, picked_T[:, None]).view_as(at_BW)
+        made_2BW = torch.stack((picked_BW.double(), logps_BW.double()))
+        self.made_2BS.scatter_(2, at_BW.expand_as(made_2BW), made_2BW)
+        right_B1 = (picked_BW[:, :-1] == self.fed_BW[:, 1:]).cumprod(1).sum(1, keepdim=True)
+        self.counts_B.add_(right_B1[:, 0] + 1).clamp_max_(self.most)
+        self.fed_BW[:, :1] = picked_BW.gather(1, right_B1)
+
+    def made(self, low: int, high: int) -> Iterator[list[tuple[int, float]]]:
+        """Each row's tokens and log-probs at the places from low to high: one transfer."""
+        both = (self.counts_B[:, None], *self.made_2BS[:, :, low:high])
+        for count, *values in torch.cat(both, 1).tolist():
+            half, end = len(values) // 2, int(count) - low
+            yield [*zip(map(int, values[:half]), values[half:], strict=True)][:end]
+
+    def feed(self, guesses: list[list[int]]) -> None:
+        """Puts W - 1 guesses behind the token that each row made last."""
+        if guesses[0] or self.fed_BW.shape[1] > 1:
+            given = torch.tensor(guesses, dtype=torch.int64, device=self.fed_BW.device)
+            fed_BW = torch.cat((self.fed_BW[:, :1], given.view(len(guesses), -1)), 1)
+            same = fed_BW.shape == self.fed_BW.shape
+            self.fed_BW = self.fed_BW.copy_(fed_BW) if same else fed_BW
 
     def keep(self, going: list[bool]) -> list[int]:
         """Drops the rows that stop. The last of the others fill the gaps, so that few are copied:
@@ -440,40 +515,43 @@ class Cache(Packed):
             if new != old:
                 self.keys[:, new], self.values[:, new] = self.keys[:, old], self.values[:, old]
         self.keys, self.values = self.keys[:, :count], self.values[:, :count]
-        self.rows, self.positions = self.rows[:count], self.positions[rows]
-        self.lengths = [self.lengths[row] for row in rows]
+        for name in ("starts_B", "counts_B", "fed_BW", "uniforms_BS"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.made_2BS = self.made_2BS[:, rows]
         return rows
 
     def prepare(self, config: Config, dtype: torch.dtype) -> None:
-        """As Packed's; in a step (B, 1, 1, S), for the one query of each row."""
-        if not self.width:
-            return super().prepare(config, dtype)
-        places_S = torch.arange(self.width, device=self.rows.device)
-        behind_B11S = self.positions[:, None, None, None] - places_S
-        for window in set(config.windows):
-            self.biases[window] = causal_bias(behind_B11S, window, dtype)
+        """As Packed's; by hand (B, 1, W, 1, S), for the queries of each row."""
+        count, fed = self.places_BW.shape
+        rows = torch.arange(count + 1, device=self.positions.device)
+        self.rows_B1 = rows[:-1, None]
+        if self.one_kernel:
+            self.bounds = ((rows * fed).int(), (rows * self.size).int(), fed, self.size)
+            self.used_B = self.places_BW[:, -1].int() + 1
+            return
+        places_S = torch.arange(self.width, device=self.positions.device)
+        behind_B1W1S = self.places_BW[:, None, :, None, None] - places_S
+        self.biases = {w: causal_bias(behind_B1W1S, w, dtype) for w in set(config.windows)}
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
-        """As Packed's; stores k and v, and in a step attends to all that is stored."""
-        keys_BKSE, values_BKSE = self.keys[attention.layer], self.values[attention.layer]
-        keys_BKSE[self.rows, :, self.positions] = k_TKE
-        values_BKSE[self.rows, :, self.positions] = v_TKE
-        if not self.width:
-            return super().attend(q_THE, k_TKE, v_TKE, attention)
-        # One query a row: two small products by hand cost less than SDPA's set-up. The query
-        # heads of a group (G) become the rows of one product with the key head they share.
-        q_BKGE = q_THE.unflatten(1, (k_TKE.shape[1], -1)) * q_THE.shape[-1] ** -0.5
-        scores_BKGS = q_BKGE @ keys_BKSE[:, :, : self.width].transpose(-1, -2)
-        scores_BKGS = scores_BKGS + self.biases[attention.window]
-        weights_BKGS = scores_BKGS.float().softmax(-1).to(q_THE.dtype)
-        return (weights_BKGS @ values_BKSE[:, :, : self.width]).flatten(1, 2)
-
-    def read(self, x_TD: Tensor, head_VD: Tensor) -> Tensor:
-        """The logits of each row's last token, (B, V)."""
-        x_BD, head_VD = x_TD if self.width else x_TD[self.last], head_VD.to(x_TD.dtype)
-        if x_BD.is_cpu and len(x_BD) > 2:  # twice as fast there as x @ head^T
-            return (head_VD @ x_BD.T).T
-        return F.linear(x_BD, head_VD)
+        """Stores k and v, and attends to all that is stored."""
+        shape, window, layer = self.places_BW.shape, attention.window, attention.layer
+        new = (x.unflatten(0, shape) for x in (k_TKE, v_TKE))
+        self.put((self.rows_B1, self.places_BW), layer, *new)
+        kv_BSKE = (self.keys[layer], self.values[layer])
+        if self.one_kernel:  # without bounds it takes the one query of a group's heads together
+            left = (-1, -1 if shape[1] == 1 else 0) if window is None else (window - 1, 0)
+            how: Any = {"window_size": left, "seqused_k": self.used_B, **GROUPED}
+            return varlen_attn(q_THE, *(x.flatten(0, 1) for x in kv_BSKE), *self.bounds, **how)
+        # Few queries a row: two small products by hand cost less than SDPA's set-up. The query
+        # heads of a group (G) become rows of one product with the key head that they share.
+        q_BWKGE = q_THE.unflatten(1, (k_TKE.shape[1], -1)).unflatten(0, shape)
+        q_BKRE = q_BWKGE.transpose(1, 2).flatten(2, 3) * q_THE.shape[-1] ** -0.5  # R = W G
+        k_BKSE, v_BKSE = (x[:, : self.width].transpose(1, 2) for x in kv_BSKE)
+        scores = (q_BKRE @ k_BKSE.transpose(-1, -2)).unflatten(2, (shape[1], -1))
+        weights = (scores + self.biases[window]).float().softmax(-1).to(q_THE.dtype)
+        found_BKWGE = (weights.flatten(2, 3) @ v_BKSE).unflatten(2, (shape[1], -1))
+        return found_BKWGE.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------ log-probabilities
@@ -553,7 +631,19 @@ def exponentials(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> tuple[Tens
     return logits_MV, sums_M1, (picked_M1 - sums_M1.log())[:, 0]
 
 
+def float_logits(x_MD: Tensor, head_VD: Tensor) -> Tensor:
+    """x @ head^T in float32, (M, V), also of what is in bf16: there logits of 8 to 16 would lie
+    1/16 apart."""
+    if x_MD.dtype == torch.float32 or x_MD.is_cpu:
+        return F.linear(x_MD, head_VD).float()
+    return torch.mm(x_MD, head_VD.T, out_dtype=torch.float32)
+
+
 # ------------------------------------------------------------------------------------- generation
+
+PREFILL = 2**14  # the most prompt tokens of one pass, where a prompt is not longer
+AHEAD = 8  # tokens that a recorded row makes before anyone looks at them
+WIDTHS = (8, 1)  # tokens a row and step, where there are drafts; without them the last
 
 
 def generate(
@@ -568,6 +658,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     return_logprobs: bool = False,
     batch_size: int = 64,
+    drafts: Sequence[list[int]] | None = None,
 ) -> Any:
     """Samples a continuation of each prompt, none empty: lists of new token ids, EOS included.
 
@@ -575,94 +666,172 @@ def generate(
     row. A row's draws depend on its own seed alone, and are made on the CPU. `temperature` divides
     the logits, 0 being greedy; then top_k (0: off) and then top_p filter them. `return_logprobs`:
     gives (tokens, log-probs of these under the model as it is, before temperature and filters).
-    `batch_size` rows are decoded together; they are sorted, so that like lengths meet."""
+    `batch_size` rows are decoded together; they are sorted, so that like lengths meet. `drafts`: a
+    guess at each row's tokens, or []; it changes none of them, but where it is right they come
+    several a step."""
     count = len(prompts)
     budgets = [max_new_tokens] * count if isinstance(max_new_tokens, int) else [*max_new_tokens]
     seeds = [hash_seed(seed, i) for i in range(count)] if isinstance(seed, int) else [*seed]
-    fits = len(budgets) == len(seeds) == count and min(budgets, default=0) >= 0 and all(prompts)
+    guesses = [[]] * count if drafts is None else drafts
+    fits = len(budgets) == len(seeds) == len(guesses) == count and all(prompts)
+    fits &= min(budgets, default=0) >= 0
     if not (fits and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and batch_size >= 1):
         need = "a token, a budget >= 0 and a seed for each prompt, temperature >= 0, top_k >= 0"
         raise ValueError(f"generate needs {need}, 0 < top_p <= 1 and batch_size >= 1")
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
+    answers: dict[int, list[tuple[int, float]]] = {i: [] for i in range(count)}
     pick = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     order = sorted((i for i in range(count) if budgets[i]), key=lambda i: len(prompts[i]))
-    on_cpu, single = model.device.type == "cpu", model.compute_dtype in (None, torch.float32)
-    if on_cpu and single and model.dtype == torch.float32 and len(order) > 1 and max(budgets) >= 32:
-        model = by_columns(model)  # costs what some ten steps gain
-    options = (pick, {*eos_ids}, return_logprobs, None if on_cpu else record_graph)
+    on_cpu = model.device.type == "cpu"
+    if on_cpu and order and max(budgets) >= 32 and model.config.hidden_size >= 256:  # pays then
+        dtype = model.compute_dtype or model.dtype
+        weights = {name: weight.detach().to(dtype) for name, weight in model.named_parameters()}
+        model = with_weights(model.config, weights, min(len(order), batch_size))
+    options = (pick, {*eos_ids}, None if on_cpu else record_graph)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        asked = [(prompts[i], budgets[i], seeds[i]) for i in rows]
-        for i, answer in zip(rows, _decode(model, asked, *options), strict=True):
-            tokens[i], logprobs[i] = answer
-    return (tokens, logprobs) if return_logprobs else tokens
+        asked = [(prompts[i], budgets[i], seeds[i], guesses[i]) for i in rows]
+        answers |= zip(rows, _decode(model, asked, *options), strict=True)
+    both = [[[made[k] for made in answers[i]] for i in range(count)] for k in (0, 1)]
+    return tuple(both) if return_logprobs else both[0]
 
 
 @torch.no_grad()
 def _decode(
-    model: Transformer, asked: list[Any], pick: Any, eos_ids: set[int], scored: bool, record: Any
-) -> list[tuple[list[int], list[float]]]:
-    """One batch of `generate`: each row's tokens and their log-probs. A row that has stopped leaves
-    the batch; where steps are recorded, and a change of shape is dear, not before half of all."""
-    prompts, budgets, seeds = zip(*asked, strict=True)
-    uniforms_BS = torch.zeros(len(asked), max(budgets), dtype=torch.float64)
-    for uniforms, budget, seed in zip(uniforms_BS, budgets, seeds, strict=True):
-        uniforms[:budget].uniform_(generator=torch.Generator().manual_seed(seed))
-    uniforms_BS = uniforms_BS.to(model.device)
-    tokens: list[list[int]] = [[] for _ in asked]
-    scores: list[list[float]] = [[] for _ in asked]
-    size = max(map(sum, zip(map(len, prompts), budgets, strict=True)))
-    cache = Cache(model, prompts, size, record)
-    rows = list(range(len(asked)))  # the prompt that each place of the batch belongs to
-    going = [True] * len(rows)
-    for step in range(max(budgets)):
-        picked_B = pick(cache.logits_BV, uniforms_BS[:, step])
-        told: list[Any] = [(tokens, picked_B.tolist())]
-        if scored:
-            logprobs = cache.logits_BV.float().log_softmax(-1).gather(1, picked_B[:, None])
-            told.append((scores, logprobs[:, 0].tolist()))
-        for lists, values in told:
-            for row, value in compress(zip(rows, values, strict=True), going):
-                lists[row].append(value)
-        going = [tokens[i][-1] not in eos_ids and len(tokens[i]) < budgets[i] for i in rows]
+    model: Transformer, asked: list[Any], pick: Any, eos_ids: set[int], record: Any
+) -> list[list[tuple[int, float]]]:
+    """One batch of `generate`: each row's tokens, with log-probs. A row that has stopped leaves the
+    batch; where steps are recorded, and a change of shape is dear, not before half of all.
+    `record(step)` runs a step, and gives a function that does it again."""
+    drafts = Drafts([draft for *_, draft in asked])
+    cache = Cache(model, asked, pick, max(drafts.rates))
+    answers: list[list[tuple[int, float]]] = [[] for _ in asked]
+    rows, width, steps, recorded, replay = [*range(len(asked))], 1, 1, cache.uniforms_BS, None
+
+    def left(row: int) -> int:  # the most tokens that a row may still make
+        ended = answers[row] and answers[row][-1][0] in eos_ids
+        return 0 if ended else asked[row][1] - len(answers[row])
+
+    while True:
+        counts = [len(answers[row]) for row in rows if left(row)]
+        both = zip(rows, cache.made(min(counts), max(counts) + steps * width), strict=True)
+        for row, made in both:
+            for one in made[max(0, len(answers[row]) - min(counts)) :]:
+                if left(row):
+                    answers[row].append(one)
+        drafts.learn(width, sum(map(len, answers)))
+        going = [left(row) > 0 for row in rows]
         if not any(going):
-            break
+            return answers
         if sum(going) <= len(going) // 2 or not (record or all(going)):
-            kept = cache.keep(going)
-            rows, going = [rows[place] for place in kept], [True] * len(kept)
-            picked_B, uniforms_BS = picked_B[kept], uniforms_BS[kept]
-        cache.step(picked_B)
-    return list(zip(tokens, scores, strict=True))
+            rows = [rows[place] for place in cache.keep(going)]
+        guesses = drafts.guess(rows, answers)
+        cache.feed(guesses)
+        width = 1 + len(guesses[0])
+        steps = min(AHEAD, max(map(left, rows))) if record and width == 1 else 1
+        if not record:
+            longest = max(len(asked[row][0]) + len(answers[row]) for row in rows)
+            cache.width = longest + width - 1
+        for _ in range(steps):
+            if not record:
+                cache.step()
+            elif recorded is cache.fed_BW:
+                replay()
+            else:
+                recorded, replay = cache.fed_BW, record(cache.step)
 
 
-def record_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-    """Records a step as a CUDA graph, once it has run and the libraries have set themselves up."""
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+class Drafts:
+    """Guesses at what rows make next, from a draft of each. How many at a time, if any, is what has
+    made the most tokens a second; what was not taken for long is tried again."""
+
+    def __init__(self, drafts: list[list[int]]) -> None:
+        self.drafts, self.offsets = drafts, [0] * len(drafts)  # of a row's place in its draft
+        self.rates = dict.fromkeys(WIDTHS if any(drafts) else WIDTHS[-1:], math.inf)
+        self.made, self.began = 0, time.perf_counter()
+
+    def guess(self, rows: list[int], answers: list[list[tuple[int, float]]]) -> list[list[int]]:
+        """For each row W - 1 tokens, of which as many as its draft has are a guess."""
+        width = max(self.rates, key=lambda width: self.rates[width])
+        found = []
+        for row in rows if width > 1 else ():
+            made, count = [token for token, _ in answers[row][-8:]], len(answers[row])
+            place = go_on(self.drafts[row], made, self.offsets[row] + count)
+            self.offsets[row] = place - count
+            found.append(self.drafts[row][place : place + width - 1])
+        if not any(found):
+            return [[]] * len(rows)
+        return [part + [0] * (width - 1 - len(part)) for part in found]
+
+    def learn(self, width: int, made: int) -> None:
+        """Takes note of how many tokens there are after a step."""
+        now = time.perf_counter()
+        rate, old = (made - self.made) / (now - self.began), self.rates.get(width, math.inf)
+        self.rates = {w: 1.05 * known for w, known in self.rates.items()}
+        self.rates[width] = rate if math.isinf(old) else (old + rate) / 2
+        self.made, self.began = made, now
+
+
+def go_on(draft: list[int], made: list[int], before: int) -> int:
+    """Where a draft goes on after the tokens made last: behind the place where the most of them
+    stand, of several the nearest to the place `before`; at its end, where the last does not."""
+
+    def alike(end: int) -> int:
+        both = zip(reversed(draft[:end]), reversed(made), strict=False)
+        return next((i for i, (a, b) in enumerate(both) if a != b), min(end, len(made)))
+
+    ends = [end for end, token in enumerate(draft, 1) if token == made[-1]]
+    return max(ends, key=lambda end: (alike(end), -abs(end - before)), default=len(draft))
+
+
+def record_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """Runs a step, which lets the libraries set themselves up, and records it as a CUDA graph."""
+    (side, pool), graph = _recorder(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
+        graph.capture_begin(pool)
+        step()
+        graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        result = step()
-    return graph.replay, result
+    return graph.replay
 
 
-def by_columns(model: Transformer) -> Transformer:
-    """The same model, matrices stored by columns: few rows in fp32 take a CPU half as long then."""
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    for name, weight in weights.items():
-        if ".layers." in name and weight.dim() == 2:
-            weights[name] = weight.t().contiguous().t()
-    return with_weights(model.config, weights)
+@lru_cache(maxsize=1)
+def _recorder() -> tuple[Any, Any]:
+    """One stream and one pool of memory for all: each new one would hold on to its own."""
+    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
 
-def with_weights(config: Config, weights: Mapping[str, Tensor]) -> Transformer:
-    """A model that holds these tensors themselves as its weights."""
+def with_weights(config: Config, weights: dict[str, Tensor], rows: int = 0) -> Transformer:
+    """A model for decoding, of tensors that are taken out of `weights`: q, k and v become one
+    product, gate and up another. `rows`: on a CPU oneDNN lays all matrices out for products with
+    so few rows, which then take half the time."""
     with torch.device("meta"):
         model = Transformer(config)
+        for name, part in model.named_modules():
+            names = [f"{name}.{matrix}" for matrix in getattr(part, "matrices", ())]
+            for kind in ("weight", "bias") if names else ():
+                if f"{names[0]}.{kind}" in weights:
+                    found = [weights.pop(f"{matrix}.{kind}") for matrix in names]
+                    weights[f"{name}.fused.{kind}"] = torch.cat(found)
+            if names:
+                shape = weights[f"{name}.fused.weight"].shape
+                part.fused = Linear(*shape[::-1], bias=f"{name}.fused.bias" in weights)
+                for matrix in part.matrices:
+                    delattr(part, matrix)
+        head = model.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict(weights, assign=True)
+    for part in model.modules() if rows and can_pack(head.weight.dtype) else ():
+        if isinstance(part, Linear):
+            part.packed = torch.ops.mkldnn._reorder_linear_weight(part.weight, rows)
     return model.requires_grad_(False)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there, and fast with such matrices."""
+    bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and (dtype == torch.float32 or bf16)
 
 
 def sample_tokens(
@@ -677,9 +846,10 @@ def sample_tokens(
         return logits_BV.argmax(-1)
     logits, ids = logits_BV.float(), None
     if 0 < top_k < logits.shape[1]:
-        best = logits.topk(top_k + 1)
+        spare = 1 if logits.is_cpu else 64  # to see ties, of which a GPU's may be so many
+        best = logits.topk(min(top_k + spare, logits.shape[1]))
         least = best.values[:, top_k - 1 : top_k]
-        if (best.values[:, top_k:] == least).any():
+        if logits.is_cpu and (best.values[:, top_k:] == least).any():
             best = logits.topk(int((logits >= least).sum(-1).max()))
         ids, order = best.indices.sort()
         logits = best.values.masked_fill(best.values < least, -math.inf).gather(1, order)
@@ -688,7 +858,7 @@ def sample_tokens(
     if top_p < 1:
         rising, order = logits.sort(stable=True)
         cut = rising.softmax(-1).cumsum(-1) <= 1 - top_p
-        cut[:, -1] = False
+        cut[:, -1].zero_()  # the likeliest stays
         logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -math.inf)
     cumulative = logits.double().softmax(-1).cumsum(-1)
     level = uniforms_B[:, None] * cumulative[:, -1:]

@@ -56,11 +56,10 @@ def storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def record(step: Callable[[], None]) -> Callable[[], None]:
     """`model.record_graph` on a CPU."""
-    step()
     with Tape() as tape:
-        result = step()
+        step()
 
     def placed(x: Any) -> Any:
         if not isinstance(x, Tensor) or storage(x) not in tape.given:
@@ -82,4 +81,4 @@ def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
-    return replay, result
+    return replay

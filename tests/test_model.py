@@ -20,7 +20,16 @@ from conftest import TINY, VARIANTS, tiny
 from safetensors.torch import load_file, save_file
 
 import model as lm
-from model import Config, InputError, Transformer, generate, pair_logprobs, sample_tokens
+from model import (
+    Config,
+    InputError,
+    Linear,
+    Packed,
+    Transformer,
+    generate,
+    pair_logprobs,
+    sample_tokens,
+)
 
 KINDS = list(VARIANTS)
 
@@ -253,48 +262,138 @@ def test_a_row_that_has_stopped_costs_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert rows[1:] == [sum(budget > step for budget in budgets) for step in range(1, 12)]
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa-tied", "mistral-window", "qwen2-window"])
-@pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_replayed_steps_give_the_tokens_of_plain_ones(kind: str, temperature: float) -> None:
+DECODED = ["llama-gqa-tied", "mistral-window", "qwen2-window"]
+HOW = {"greedy": (0.0, 0, 1.0), "sampled": (1.3, 0, 0.95), "filtered": (0.8, 20, 0.9)}
+
+
+def decoded(asked: list[Any], ours: Transformer, how: str, record: Any = None) -> Any:
+    """Tokens and log-probs of `_decode`, where some tokens end a row unless greedy ones do."""
+    temperature, top_k, top_p = HOW[how]
+    pick = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    rows = lm._decode(ours, asked, pick, set(range(40, 44)) if temperature else set(), record)
+    return [[token for token, _ in row] for row in rows], [logp for row in rows for _, logp in row]
+
+
+@pytest.mark.parametrize("kind", DECODED)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("on", [False, True], ids=["by hand", "one kernel"])
+def test_replayed_steps_give_the_tokens_of_plain_ones(
+    kind: str, how: str, on: bool, kernel: Callable[[bool], None]
+) -> None:
     """As a CUDA graph replays them: without Python, and whatever has died is garbage."""
     ours, recorded = ours_from(tiny(kind)), []
 
-    def record(step: Callable[[], torch.Tensor]) -> Any:
+    def record(step: Callable[[], None]) -> Any:
         recorded.append(step)
         return tape.record(step)
 
-    budgets = [20, 1, 130, 12, 140, 2, 60, 150]
+    budgets = [20, 1, 60, 12, 61, 2, 30, 63]
     prompts = random_prompts([3, 14, 8, 8, 2, 5, 100, 90])
-    asked = list(zip(prompts, budgets, range(8), strict=True))
-    pick = partial(sample_tokens, temperature=temperature, top_k=0, top_p=0.95)
-    eos_ids = set(range(40, 44)) if temperature else set()
-    plain = lm._decode(ours, asked, pick, eos_ids, True, None)
-    replayed = lm._decode(ours, asked, pick, eos_ids, True, record)
-    assert [row[0] for row in replayed] == [row[0] for row in plain]
-    for (_, got), (_, want) in zip(replayed, plain, strict=True):
-        torch.testing.assert_close(torch.tensor(got), torch.tensor(want), atol=1e-4, rtol=1e-5)
-    # 8 rows, then at most 4, 2, 1; up to 128 stored tokens, up to 240 and 256.
-    assert 2 <= len(recorded) <= 6
+    asked = [(*row, []) for row in zip(prompts, budgets, range(8), strict=True)]
+    tokens, logps = decoded(asked, ours, how)
+    kernel(on)
+    replayed, scores = decoded(asked, ours, how, record)
+    assert replayed == tokens
+    torch.testing.assert_close(torch.tensor(scores), torch.tensor(logps), atol=1e-4, rtol=1e-5)
+    assert 1 <= len(recorded) <= 4  # 8 rows, then at most 4, 2 and 1, whatever they store
+    right = [[*row[:5], 3, *row[5:20], *row[24:]] for row in tokens]
+    asked = [(*row[:3], guess) for row, guess in zip(asked, right, strict=True)]
+    assert decoded(asked, ours, how, record)[0] == tokens
 
 
-def test_weights_by_columns_give_the_same_tokens_and_leave_the_model_alone() -> None:
-    ours = ours_from(tiny("qwen2-window"))
-    before = {name: p.stride() for name, p in ours.named_parameters()}
-    copy = lm.by_columns(ours)
-    prompts = random_prompts([3, 14, 8, 8, 2, 5])
-    alone = [generate(ours, [prompt], 40, seed=[i])[0] for i, prompt in enumerate(prompts)]
-    assert generate(ours, prompts, 40, seed=list(range(6))) == alone  # the latter by rows
-    assert {name: p.stride() for name, p in ours.named_parameters()} == before
-    for (name, a), b in zip(ours.named_parameters(), copy.parameters(), strict=True):
-        assert torch.equal(a, b)
-        by_columns = ".layers." in name and a.dim() == 2
-        assert b.stride() == ((1, len(a)) if by_columns else a.stride())
-        assert by_columns or a.data_ptr() == b.data_ptr()
+@pytest.mark.parametrize("kind", DECODED)
+@pytest.mark.parametrize("how", HOW)
+def test_a_draft_changes_no_token_and_saves_steps(
+    kind: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, steps, step = ours_from(tiny(kind)), [], lm.Cache.step
+    monkeypatch.setattr(
+        lm.Cache, "step", lambda self: (steps.append(self.fed_BW.shape), step(self))
+    )
+    monkeypatch.setattr(lm.Drafts, "learn", lambda self, width, made: None)  # always 8 at a time
+    budgets, prompts = [40, 1, 33, 12, 39], random_prompts([3, 14, 8, 2, 30])
+    asked = [(*row, []) for row in zip(prompts, budgets, range(5), strict=True)]
+    tokens, logps = decoded(asked, ours, how)
+    plain = len(steps)
+    assert {shape[1] for shape in steps} == {1} and plain == max(map(len, tokens)) - 1
+    # The draft itself; a word mended, two words more, two fewer; the prompts; other rows'; noise.
+    mended = [[*r[:5], 3, *r[6:12], 4, 5, *r[12:20], *r[22:]] for r in tokens]
+    for drafts in (tokens, mended, prompts, tokens[::-1], random_prompts([50] * 5), [[]] * 5):
+        steps.clear()
+        again = [(*row[:3], draft) for row, draft in zip(asked, drafts, strict=True)]
+        found, scores = decoded(again, ours, how)
+        assert found == tokens
+        torch.testing.assert_close(torch.tensor(scores), torch.tensor(logps), atol=1e-4, rtol=1e-4)
+        if drafts is tokens:
+            assert len(steps) == math.ceil(plain / 8)
+        if drafts is mended and how != "greedy":  # whose rows repeat themselves
+            assert len(steps) <= math.ceil(plain / 8) + 6
 
 
+def test_a_draft_goes_on_behind_what_was_made_last() -> None:
+    draft = [1, 2, 3, 1, 2, 4, 5]
+    assert lm.go_on(draft, [1, 2], 0) == 2 and lm.go_on(draft, [1, 2], 4) == 5
+    assert lm.go_on(draft, [9, 3, 1, 2], 0) == 5  # the longer n-gram wins over the nearer
+    assert lm.go_on(draft, [9], 3) == lm.go_on(draft, [4, 5], 3) == 7 and lm.go_on([], [1], 0) == 0
+
+
+def test_how_many_are_guessed_follows_what_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 2.0, 2.5, 10.0, 11.0])
+    monkeypatch.setattr(lm.time, "perf_counter", lambda: next(now))
+    drafts, seen = lm.Drafts([[1, 2, 3], []]), []
+    for width, made in ((8, 4), (1, 6), (8, 7), (1, 8)):  # 4 a second, 2, 2, then 1 / 7.5
+        drafts.learn(width, made)
+        seen.append(len(drafts.guess([0, 1], [[(1, 0.0)], [(9, 0.0)]])[0]))
+    assert seen == [0, 7, 7, 7]  # an untried width is tried first
+    assert lm.Drafts([[], []]).guess([0, 1], [[(1, 0.0)]] * 2) == [[], []]
+
+
+def test_prompts_are_taken_in_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, prompts, passes = ours_from(tiny("mistral-window")), random_prompts([9, 3, 30, 4, 5]), []
+    whole = generate(ours, prompts, 6, return_logprobs=True)
+    begin = Packed.__init__
+    monkeypatch.setattr(Packed, "__init__", lambda *a: (passes.append(a[1]), begin(*a))[1])
+    monkeypatch.setattr(lm, "PREFILL", 12)
+    some = generate(ours, prompts, 6, return_logprobs=True)
+    assert passes == [[3, 4, 5], [9], [30]] and some[0] == whole[0]
+    both = (torch.tensor([x for row in side[1] for x in row]) for side in (some, whole))
+    torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama-gqa-tied", "qwen2-window"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_for_decoding_is_the_same_model(kind: str, dtype: torch.dtype) -> None:
+    """Of its matrices some are one, and all are laid out anew; the model itself is left alone."""
+    ours, prompts = ours_from(tiny(kind, hidden_size=64)).to(dtype), random_prompts([3, 14, 8])
+    before = {name: (p.data_ptr(), p.clone()) for name, p in ours.named_parameters()}
+    fast = ours
+    for rows in (0, 3):  # the second time of one that is made so already
+        weights = {name: p.detach() for name, p in fast.named_parameters()}
+        fast = lm.with_weights(ours.config, weights, rows)
+        assert len(weights) == len([*fast.parameters()]) < len(before) + 1
+        assert all(
+            (x.packed is not None) == bool(rows) for x in fast.modules() if type(x) is Linear
+        )
+        close = (
+            {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.1}
+        )
+        found = [
+            lm._decode(m, [(p, 9, 1, []) for p in prompts], GREEDY, set(), None)
+            for m in (ours, fast)
+        ]
+        for want, got in zip(*found, strict=True):
+            assert dtype != torch.float32 or [t for t, _ in got] == [t for t, _ in want]
+            torch.testing.assert_close(torch.tensor(got[0][1]), torch.tensor(want[0][1]), **close)
+    assert all(
+        p.data_ptr() == before[n][0] and torch.equal(p, before[n][1])
+        for n, p in ours.named_parameters()
+    )
+
+
+GREEDY = partial(sample_tokens, temperature=0.0, top_k=0, top_p=1.0)
 NONSENSE = [("prompts", [[]]), ("max_new_tokens", -1), ("max_new_tokens", [1, 2]), ("seed", [1, 2])]
 NONSENSE += [("temperature", -0.1), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0)]
-NONSENSE += [("top_p", 1.5), ("batch_size", 0)]
+NONSENSE += [("top_p", 1.5), ("batch_size", 0), ("drafts", [[]] * 9)]
 
 
 @pytest.mark.parametrize("name, value", NONSENSE)
@@ -431,12 +530,11 @@ def test_one_kernel_takes_prompts_and_plain_rows_in(
     prompts, tokens = random_prompts([3, 14, 8, 1, 20]), random_tokens(2, 30)
     for on in (False, True):
         kernel(on)
-        cache = lm.Cache(ours, prompts, 30, None)
-        logits = [cache.logits_BV]
+        cache = lm.Cache(ours, [(p, 10, 0) for p in prompts], GREEDY, 1)
         for i in range(3):
-            cache.step(torch.arange(5) + i)
-            logits.append(cache.logits_BV)
-        found.append([*logits, cache.keys, cache.values, ours(tokens)])
+            cache.fed_BW.copy_(torch.arange(5)[:, None] + i)  # the same on both sides
+            cache.step()
+        found.append([cache.made_2BS, cache.keys, cache.values, ours(tokens)])
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
 

@@ -38,10 +38,12 @@ class Sequence:
 
 
 def sequences(
-    q: Tensor, k: Tensor, v: Tensor, ends: tuple[Tensor, Tensor], left: int
-) -> Iterator[Sequence]:
-    """The sequences of one call."""
-    for (a, b), (c, d) in zip(*(pairwise(end.tolist()) for end in ends), strict=True):
+    q: Tensor, k: Tensor, v: Tensor, ends: tuple[Tensor, Tensor], left: int,
+    used: Tensor | None = None,
+) -> Iterator[Sequence]:  # fmt: skip
+    """The sequences of one call, of their keys those in use."""
+    keys = torch.stack((ends[1][:-1], ends[1][1:] if used is None else ends[1][:-1] + used), 1)
+    for (a, b), (c, d) in zip(pairwise(ends[0].tolist()), keys.tolist(), strict=True):
         yield Sequence(q, k, v, slice(a, b), slice(c, d), left)
 
 
@@ -55,12 +57,14 @@ def forward(
     """Refuses what the GPU's kernel refuses, and what it answers with garbage."""
     assert query.dtype == key.dtype == value.dtype and query.shape[-1] % 8 == 0
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    assert window_size is not None and window_size[1] == 0, "causal, or it is not ours"
+    assert window_size is not None, "causal, or it is not ours"
+    assert window_size[1] == 0 or (window_size == [-1, -1] and q_most == 1)
+    assert seqused_k is None or (seqused_k.dtype == torch.int32 and seqused_k.max() <= k_most)
     for ends, rows, most in ((q_ends, query, q_most), (k_ends, key, k_most)):
         assert ends.dtype == torch.int32 and ends.is_contiguous()
         assert ends[-1] == len(rows) and most == ends.diff().max()
     out, logsums = torch.empty_like(query), torch.empty(query.shape[1], len(query))
-    for one in sequences(query, key, value, (q_ends, k_ends), window_size[0]):
+    for one in sequences(query, key, value, (q_ends, k_ends), window_size[0], seqused_k):
         found = torch.einsum("hqk,khe->qhe", one.scores.softmax(-1), one.v)
         out[one.rows], logsums[:, one.rows] = found.to(out.dtype), one.scores.logsumexp(-1)
     return out, logsums, torch.zeros(2, dtype=torch.uint64)
