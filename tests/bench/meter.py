@@ -252,7 +252,7 @@ class Host(TorchFunctionMode):
 def decoding(meter: Meter) -> list[tuple[Any, str, Any]]:
     """Prefill and decoding are phases. Where the host is told zeros, a row has made what it may,
     and what is recorded is counted again each time that it is replayed."""
-    real, record_graph = lm.Batch.made, lm.record_graph
+    record_graph = lm.record_graph
 
     class Cache(lm.Cache):
         """Counts batches, steps and bytes."""
@@ -263,15 +263,15 @@ def decoding(meter: Meter) -> list[tuple[Any, str, Any]]:
             meter.batches += 1
             meter.cache = max(meter.cache, sizes([self.keys, self.values]))
 
-        def step(self, tokens_BW: Tensor, *args: Any) -> Tensor:
+        def step(self) -> None:
             meter.steps += 1
-            meter.seen = tokens_BW.numel() * self.keys.shape[2]
+            meter.seen = self.fed_BW.numel() * self.keys.shape[2]
             with meter.within("decode"):
-                return super().step(tokens_BW, *args)
+                super().step()
 
-    def made(self: lm.Batch, low: int, high: int) -> Any:
-        found = [*real(self, low, high)]
-        return [[(0, 0.0)] * (high - low) for _ in found] if meter.told_zeros else found
+        def made(self, low: int, high: int) -> Any:
+            found = [*super().made(low, high)]
+            return [[(0, 0.0)] * (high - low) for _ in found] if meter.told_zeros else found
 
     def record(step: Callable[[], Any]) -> Callable[[], None]:
         before = Counter(meter.kernels["decode"])
@@ -294,7 +294,7 @@ def decoding(meter: Meter) -> list[tuple[Any, str, Any]]:
 
         return replay
 
-    return [(lm, "Cache", Cache), (lm.Batch, "made", made), (lm, "record_graph", record)]
+    return [(lm, "Cache", Cache), (lm, "record_graph", record)]
 
 
 @contextlib.contextmanager
