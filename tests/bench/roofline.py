@@ -233,7 +233,8 @@ def report(title: str, meter: Meter, rates: Rates, rounds: Sequence[Any] = ()) -
             said = [sum(spent(meter, r, *names).values()) for r, _ in rounds]
             took = [sum(seconds[name] for name in names) for _, seconds in rounds]
             line += [clock.spread([1000 * x for x in took], 1)]
-            line += [clock.spread([t / max(s, 1e-9) for t, s in zip(took, said, strict=True)])]
+            more = [t / max(s, 1e-9) for t, s in zip(took, said, strict=True)]
+            line += [clock.spread(more) if min(said) > 1e-3 else "-"]
         lines.append(line)
     head = ["phase", "kernels", "GFLOP", "GB", "waits", "uploads", *bounds, "ms predicted"]
     clock.table(title, [*head, *["ms measured", "over predicted"][: 2 * bool(rounds)]], lines)
