@@ -40,6 +40,7 @@ from sentencepiece import SentencePieceProcessor
 
 from model import InputError, hash_seed, read_json, reading
 
+Ids = list[int]  # of tokens
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}, oldest first
 Turns = list[dict[str, str]]  # the same, read and checked
 
@@ -57,9 +58,9 @@ class Cut(NamedTuple):
 class Pair(NamedTuple):
     """A prompt with a better and a worse response, as token ids. `rejected` may be empty."""
 
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
     cut: Cut | None = None
 
 
@@ -74,8 +75,6 @@ class Example:
 
 
 # ----------------------------------------------------------------------------- examples to tokens
-
-
 def encode_examples(
     examples: Sequence[Example], tokenizer: "Tokenizer", max_length: int, max_prompt_length: int
 ) -> tuple[list[Example], list[Pair], dict[str, int]]:
@@ -129,7 +128,6 @@ def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
 
 
 # -------------------------------------------------------------------------------------- data files
-
 ROLES = ("system", "user", "assistant")
 RESPONSE_KEYS = ("chosen", "real", "response", "messages")  # the first that a row has counts
 REJECTED_KEYS = ("rejected", "generated")
@@ -138,12 +136,11 @@ REJECTED_KEYS = ("rejected", "generated")
 def load_examples(
     paths: str | Path | Sequence[str | Path], rejected: bool | None = False, prompts: bool = False
 ) -> list[Example]:
-    """The rows of JSON or JSONL files, in order. Raises InputError naming file and line.
-
-    Rows are `{"messages"}`, `{"prompt", "chosen", "rejected"}`, `{"prompt", "response"}` or
-    `{"real", "generated"}`; each side is text or messages, with or without the prompt before it.
-    `rejected`: each row must have a rejected side; None: it may; False: that is not even looked at.
-    `prompts`: a row may end with the user's turn, and then has the response ""."""
+    """The rows of JSON or JSONL files in order: `{"messages"}`, `{"prompt", "chosen", "rejected"}`,
+    `{"prompt", "response"}` or `{"real", "generated"}`; each side is text or messages, with or
+    without the prompt before it. Raises InputError naming file and line. `rejected`: each row must
+    have a rejected side; None: it may; False: that is not even looked at. `prompts`: a row may end
+    with the user's turn, and then has the response ""."""
     files = [paths] if isinstance(paths, str | Path) else paths
     return [_example(*found, rejected, prompts) for file in files for found in read_rows(file)]
 
@@ -268,8 +265,6 @@ def _short(value: Any, size: int = 60) -> str:
 
 
 # ----------------------------------------------------------------------- a stronger model's answers
-
-
 class Again(Exception):
     """A request failed in a way that may pass: why, and the seconds to wait, or None."""
 
@@ -362,7 +357,6 @@ class TargetServer:
 
 
 # -------------------------------------------------------------------- tokenizers and chat templates
-
 TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
     added_tokens.json vocab.json merges.txt chat_template.jinja generation_config.json
     """.split()  # noqa: SIM905
@@ -438,9 +432,7 @@ class Tokenizer:
             raise InputError(f"token id {min(ids)} is negative")
         return self.codec.decode([int(i) for i in ids if int(i) in self.table])
 
-    def apply_chat_template(
-        self, messages: Messages, add_generation_prompt: bool = False
-    ) -> list[int]:
+    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = False) -> Ids:
         """Token ids of the rendered conversation. Raises InputError where the template refuses."""
         return self.encode(self.render(messages, add_generation_prompt))
 
@@ -549,7 +541,6 @@ JINJA.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_asci
 
 
 # ------------------------------------------------------------------- codecs: plain text and tokens
-
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same within the segments between digits: a digit ends a segment, and so a run of white space.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -719,12 +710,11 @@ def _pattern(pre: Any, path: Path) -> str:
 def _token_order(
     vocab: dict[str, int], merges: Sequence[Sequence[str]], whole: bool, path: Path
 ) -> list[str]:
-    """The tokens that merging can reach, by the rank of the merge that makes them.
-
-    tiktoken merges any two neighbours whose bytes are a token; `tokenizer.json` only listed pairs.
-    The two agree if each token's own bytes merge into it by listed pairs: had another pair met,
-    with a better rank, it would have met there too. tiktoken must not know a token that fails this;
-    unless it stands for a piece that equals it (`whole`, in the file ignore_merges)."""
+    """The tokens that merging can reach, by the rank of the merge that makes them: tiktoken merges
+    any two neighbours whose bytes are a token; `tokenizer.json` only listed pairs. The two agree if
+    each token's own bytes merge into it by listed pairs: had another pair met, with a better rank,
+    it would have met there too. tiktoken must not know a token that fails this; unless it stands
+    for a piece that equals it (`whole`, in the file ignore_merges)."""
     ranks: dict[tuple[str, ...], int] = {(a, b): rank for rank, (a, b) in enumerate(merges)}
     made = {"".join(pair) for pair in ranks}
     if not made <= vocab.keys():
@@ -756,7 +746,6 @@ def _halves(token: str, ranks: dict[tuple[str, ...], int]) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------------------- built-in tasks
-
 SEEN = ("reverse", "add", "sort", "second")  # kinds that the clean set has
 UNSEEN = ("double", "rotate", "count", "swap")  # kinds that only pre-training has
 REWRITE_PROMPT = "{prompt} | {draft}"  # asks for another answer than the draft
@@ -773,10 +762,9 @@ _SHARES = {"test": (0, 1), "validation": (1, 2), "pretrain": (2, 10), "clean": (
 
 
 def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> list[Example]:
-    """`n` examples of the built-in tasks, kinds in turn: the first k of n are those of k.
-
-    split: "pretrain" has all kinds and answers of which half are right, and for `rewrite_share` of
-    its rows REWRITE_PROMPT with a draft, the response being another draft; "clean" has seen kinds,
+    """`n` examples of the built-in tasks, kinds in turn: the first k of n are those of k. Of splits
+    "pretrain" has all kinds and answers of which half are right, and for `rewrite_share` of its
+    rows REWRITE_PROMPT with a draft, the response being another draft; "clean" has seen kinds,
     "validation" and "test" have all, with right answers and a flawed `rejected`. A prompt's hash
     puts it in one of test, validation and training, so that these share none."""
     if split not in _SHARES:

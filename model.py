@@ -200,7 +200,7 @@ class Attention(nn.Module):
         hidden, wide = config.hidden_size, config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
         self.fused: Any = None
-        self.widths = [wide, narrow, narrow]
+        self.heads = [config.num_attention_heads, config.num_key_value_heads]
         self.q_proj = Linear(hidden, wide, bias=config.qkv_bias)
         self.k_proj = Linear(hidden, narrow, bias=config.qkv_bias)
         self.v_proj = Linear(hidden, narrow, bias=config.qkv_bias)
@@ -208,12 +208,14 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], layout: Packed) -> Tensor:
         """(T, D) -> (T, D)."""
+        heads = partial(torch.unflatten, dim=-1, sizes=(-1, self.head_dim))
         if self.fused is None:
-            parts: Any = (part(x_TD) for part in (self.q_proj, self.k_proj, self.v_proj))
+            parts = (part(x_TD) for part in (self.q_proj, self.k_proj, self.v_proj))
+            q_THE, k_TKE, v_TKE = map(heads, parts)
+            q_THE, k_TKE = rotate(q_THE, rotation), rotate(k_TKE, rotation)
         else:
-            parts = self.fused(x_TD).split(self.widths, -1)
-        q_THE, k_TKE, v_TKE = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)
-        q_THE, k_TKE = rotate(q_THE, rotation), rotate(k_TKE, rotation)
+            turned, v_TKE = heads(self.fused(x_TD)).split((sum(self.heads), self.heads[1]), 1)
+            q_THE, k_TKE = rotate(turned, rotation).split(self.heads, 1)
         return self.o_proj(layout.attend(q_THE, k_TKE, v_TKE, self).flatten(1))
 
 
@@ -246,8 +248,8 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if self.packed is not None:
-            told = (self.packed, self.bias, "none", [], "")  # and no more operations after it
-            return torch.ops.mkldnn._linear_pointwise(input, *told)
+            then: Any = ("none", [], "")  # nothing
+            return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, *then)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
@@ -302,7 +304,7 @@ class Packed:
     their tokens. A sequence sees before its own the first tokens of the sequence before it, as many
     as `prefixes` says, and its positions go on from there."""
 
-    places: Tensor | None = None  # of the tokens that are read, or all
+    places: Any = None  # of the tokens that are read, or all
     store: Callable[[int, Tensor, Tensor], None] | None = None  # takes a layer's keys and values
 
     def __init__(self, sizes: list[int], prefixes: list[int], device: torch.device) -> None:
@@ -359,7 +361,7 @@ class Packed:
 
     def read(self, x_TD: Tensor, head: Any) -> Tensor:
         """The logits of the tokens, (T, V) float32, or of those at `places`."""
-        x_TD = x_TD if self.places is None else x_TD.index_select(0, self.places)
+        x_TD = x_TD if self.places is None else x_TD[self.places]
         if isinstance(head, Linear) and head.packed is not None:
             return head(x_TD).float()
         return float_logits(x_TD, head.weight.to(x_TD.dtype))
@@ -437,12 +439,10 @@ class Cache(Packed):
         self.width = self.size  # of the stored tokens a step looks at so many, or at those in use
         self.one_kernel = "seqused_k" in WORDS and has_kernel(device, dtype, c.head_dim)
         # The kernel wants the heads of a token together, products by hand the tokens of a head.
-        shape = [2, c.num_hidden_layers, len(prompts), c.num_key_value_heads, self.size, c.head_dim]
-        shape[3:5] = shape[3:5][::-1] if self.one_kernel else shape[3:5]
+        shape = [self.size, c.num_key_value_heads][:: 1 if self.one_kernel else -1]
+        shape = [2, c.num_hidden_layers, len(prompts), *shape, c.head_dim]
         stored = torch.zeros(shape, device=device, dtype=dtype)
-        self.keys, self.values = (
-            stored if self.one_kernel else stored.transpose(3, 4)
-        )  # L, B, S, K, E
+        self.keys, self.values = stored if self.one_kernel else stored.transpose(3, 4)  # LBSKE
         shape = [2, len(prompts), self.most + 1]  # what is made beyond a row's end goes to the last
         self.made_2BS = torch.zeros(shape, dtype=torch.float64, device=device)  # tokens, log-probs
         uniforms_BS = torch.zeros(shape[1:], dtype=torch.float64)
@@ -451,17 +451,15 @@ class Cache(Packed):
         self.uniforms_BS = uniforms_BS.to(device)
         self.starts_B = torch.tensor([*map(len, prompts)], device=device)
         self.counts_B, self.fed_BW = torch.zeros_like(self.starts_B), self.starts_B[:, None].clone()
-        first, found = 0, []
-        while first < len(prompts):
-            ends = [*accumulate(map(len, prompts[first:]))]
-            group = prompts[first : first + max(1, sum(end <= PREFILL for end in ends))]
+        found, count = [], max(1, PREFILL // max(map(len, prompts)))
+        for first in range(0, len(prompts), count):
+            group = prompts[first : first + count]
             layout = Packed([*map(len, group)], [0] * len(group), device)
             rows = [row for row, prompt in enumerate(group, first) for _ in prompt]
             layout.store = partial(self.put, (torch.tensor(rows, device=device), layout.positions))
             layout.places = layout.ends[0][1:] - 1
             tokens = [token for prompt in group for token in prompt]
             found.append(model(torch.tensor(tokens, device=device), layout))
-            first += len(group)
         self.choose(torch.cat(found))
 
     def put(self, places: tuple[Tensor, Tensor], layer: int, k: Tensor, v: Tensor) -> None:
@@ -542,7 +540,9 @@ class Cache(Packed):
         if self.one_kernel:  # without bounds it takes the one query of a group's heads together
             left = (-1, -1 if shape[1] == 1 else 0) if window is None else (window - 1, 0)
             how: Any = {"window_size": left, "seqused_k": self.used_B, **GROUPED}
-            return varlen_attn(q_THE, *(x.flatten(0, 1) for x in kv_BSKE), *self.bounds, **how)
+            kv: Any = (x.flatten(0, 1) for x in kv_BSKE)
+            found: Any = varlen_attn(q_THE, *kv, *self.bounds, **how)
+            return found  # type: ignore[no-any-return]
         # Few queries a row: two small products by hand cost less than SDPA's set-up. The query
         # heads of a group (G) become rows of one product with the key head that they share.
         q_BWKGE = q_THE.unflatten(1, (k_TKE.shape[1], -1)).unflatten(0, shape)
@@ -705,7 +705,11 @@ def _decode(
     drafts = Drafts([draft for *_, draft in asked])
     cache = Cache(model, asked, pick, max(drafts.rates))
     answers: list[list[tuple[int, float]]] = [[] for _ in asked]
-    rows, width, steps, recorded, replay = [*range(len(asked))], 1, 1, cache.uniforms_BS, None
+    rows, width, steps = [*range(len(asked))], 1, 1
+    recorded: tuple[Any, ...] = (
+        None,
+        None,
+    )  # the tensor that a step is fed with, and what replays it
 
     def left(row: int) -> int:  # the most tokens that a row may still make
         ended = answers[row] and answers[row][-1][0] in eos_ids
@@ -734,10 +738,10 @@ def _decode(
         for _ in range(steps):
             if not record:
                 cache.step()
-            elif recorded is cache.fed_BW:
-                replay()
+            elif recorded[0] is cache.fed_BW:
+                recorded[1]()
             else:
-                recorded, replay = cache.fed_BW, record(cache.step)
+                recorded = cache.fed_BW, record(cache.step)
 
 
 class Drafts:
@@ -815,8 +819,8 @@ def with_weights(config: Config, weights: dict[str, Tensor], rows: int = 0) -> T
                     found = [weights.pop(f"{matrix}.{kind}") for matrix in names]
                     weights[f"{name}.fused.{kind}"] = torch.cat(found)
             if names:
-                shape = weights[f"{name}.fused.weight"].shape
-                part.fused = Linear(*shape[::-1], bias=f"{name}.fused.bias" in weights)
+                wide, narrow = weights[f"{name}.fused.weight"].shape
+                part.fused = Linear(narrow, wide, bias=f"{name}.fused.bias" in weights)
                 for matrix in part.matrices:
                     delattr(part, matrix)
         head = model.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -825,6 +829,7 @@ def with_weights(config: Config, weights: dict[str, Tensor], rows: int = 0) -> T
     for part in model.modules() if rows and can_pack(head.weight.dtype) else ():
         if isinstance(part, Linear):
             part.packed = torch.ops.mkldnn._reorder_linear_weight(part.weight, rows)
+            del part.weight
     return model.requires_grad_(False)
 
 

@@ -57,9 +57,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parse_flags(parser: argparse.ArgumentParser, kind: type, argv: Sequence[str]) -> dict[str, Any]:
+def parse_flags(kind: type, argv: Sequence[str], doc: str, after: str = "") -> dict[str, Any]:
     """What was given of a dataclass's fields, each of which is a flag: the type says what is read,
-    and a number's bounds; the string below is its help; its class's docstring begins its group."""
+    and a number's bounds; the string below is its help; its class's docstring begins its group.
+    --help begins with the first line of `doc`, and ends with what comes `after`."""
+    parser = Parser(description=doc.split("\n")[0], epilog=after, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     field = re.compile(r'^    (?:# (.+):|(\w+): .*\n    "((?:[^"\\]|\\\n)*)")$', re.MULTILINE)
     hints, spans = get_type_hints(kind, include_extras=True), dict[str, list[Any]]()
     for part in kind.__mro__[:-1]:
@@ -128,8 +131,7 @@ class Flags:
 
 def parse_args(argv: Sequence[str], kind: type[Flags] = Flags) -> Any:
     """The flags of this command. Raises InputError for values that make no sense."""
-    parser = Parser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    flags = kind(**parse_flags(parser, kind, argv))
+    flags = kind(**parse_flags(kind, argv, __doc__ or ""))
     said, told = (flags.prompt, flags.prompts), flags.improver_instruction
     for message, wrong in {
         "--model DIR is missing: whose answers?": flags.model is None,

@@ -24,9 +24,8 @@ A source makes the pairs that a loss learns from. SAPO's needs only prompts x an
     7. Of a response too long for the room C always cuts the last tokens out; ours draws as ever.
     8. C computes in bf16, EMA and reference too, on fp32 master weights (DeepSpeed), AdamW's state
        in 8 bits (ORPO), most likely unclipped; ours in fp32 or bf16 (`--precision`), clipped at 1.
-    9. SPIN answers all prompts before an iteration, behind "### Instruction: ..."; ours those of a
-       step before it, the same pairs, behind the chat template that it trains with.
-   10. SPIN encodes an answer's text again, which gives one cut at 256 tokens an EOS; ours does not.
+    9. SPIN answers an iteration's prompts before it, behind "### Instruction: ..."; ours a step's,
+       the same, by its template. SPIN encodes an answer again: cut at 256 tokens it gets an EOS.
 
 Sources know nothing of files, flags or ranks: a step's pairs are those of the whole global batch,
 and each draw has a random stream of its own, keyed by (seed, purpose, step, index).
@@ -44,11 +43,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Cut, Pair, Tokenizer
+from data import Cut, Ids, Pair, Tokenizer
 from model import Count, Share, Weight, Whole, hash_seed
 
-Request = tuple[list[int], int, int]  # a prompt, the most new tokens, a seed
-Answer = tuple[list[int], float]  # new tokens, and their log-prob under the model, unfiltered
+Request = tuple[Ids, int, int]  # a prompt, the most new tokens, a seed
+Answer = tuple[Ids, float]  # new tokens, and their log-prob under the model, unfiltered
 
 
 class Run(Protocol):
@@ -71,10 +70,9 @@ class Run(Protocol):
 
 
 class Source:
-    """Where a step's pairs come from; as it stands, the rows as they are (`dpo`, `orpo`).
-
-    A method overrides `before_step`, and what else differs. `rows` are (prompt, gold response,
-    rejected) as token ids; the attributes tell of the last `before_step`."""
+    """Where a step's pairs come from; as it stands, the rows as they are (`dpo`, `orpo`). A method
+    overrides `before_step`, and what else differs. `rows` are (prompt, gold response, rejected) as
+    token ids; the attributes tell of the last `before_step`."""
 
     roles: tuple[str, ...] = ()  # copies of the start that it needs, beside the loss's reference
 
@@ -260,9 +258,7 @@ def choose_segment(
     return start, start + length
 
 
-def splice(
-    response: list[int], start: int, stop: int, regenerated: list[int], eos_ids: Collection[int]
-) -> list[int]:
+def splice(response: Ids, start: int, stop: int, regenerated: Ids, eos_ids: Collection[int]) -> Ids:
     """A + B' + C; where B' holds an EOS the response ends there, and C is dropped."""
     for i, token in enumerate(regenerated):
         if token in eos_ids:
@@ -360,14 +356,17 @@ def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
 
 @torch.no_grad()
 def ema_update(ema: nn.Module, policy: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * policy, matched by name, in the EMA's own type (fp32)."""
+    """ema <- decay * ema + (1 - decay) * policy, matched by name, in the EMA's own type (fp32). One
+    in (pinned) host memory goes through the policy's device, a parameter at a time."""
     named = dict(policy.named_parameters())
     ours, theirs = zip(*((a, named[name]) for name, a in ema.named_parameters()), strict=True)
     if ours[0].device == theirs[0].device:
         torch._foreach_lerp_(ours, theirs, 1 - decay)
-    else:  # the EMA is in host memory, where there is no room for all of the policy too
-        for a, b in zip(ours, theirs, strict=True):
-            a.lerp_(b.to(a.device), 1 - decay)
+        return
+    for a, b in zip(ours, theirs, strict=True):
+        there = a.to(b.device, non_blocking=True)
+        torch._foreach_lerp_([there], [b], 1 - decay)
+        a.copy_(there, non_blocking=a is not ours[-1])  # the last one waits for all
 
 
 @torch.no_grad()

@@ -39,44 +39,22 @@ import numpy as np
 
 import data
 import sapo
-from data import Cut, Example, Messages, Pair, Target, TargetServer, Tokenizer
+from data import Cut, Example, Messages, Pair, Target, TargetServer, Tokenizer, Turns
 from model import InputError, Positive, Weight, hash_seed
 from sapo import Answer, Run, batch_indices, describe, ended, request
 
+REQUEST = "\n\n<request>\n{prompt}\n</request>"
+ANSWER = "\n\n<answer>\n{answer}\n</answer>\n\nWrite the improved answer alone."
 IMPROVER = """A request and a first answer to it are below. Rewrite the answer so that it is \
 better: correct what is wrong, add what is missing, keep to what was asked, and be specific where \
-it is vague.
-
-<request>
-{prompt}
-</request>
-
-<answer>
-{answer}
-</answer>
-
-Write the improved answer alone."""
-
+it is vague."""
+IMPROVER += REQUEST + ANSWER
 TARGET = """A small language model answered a request. Improve its answer a little: mend what is \
 wrong, unclear or missing, in the answer's own style and at about its length, so that the model \
-could have written the result itself. Use the reference to tell what is right; do not copy it.
-
-<request>
-{prompt}
-</request>
-
-<reference>
-{gold}
-</reference>
-
-<answer>
-{answer}
-</answer>
-
-Write the improved answer alone."""
+could have written the result itself. Use the reference to tell what is right; do not copy it."""
+TARGET += REQUEST + "\n\n<reference>\n{gold}\n</reference>" + ANSWER
 
 Ask = tuple[Example, Pair]  # a prompt, and its gold response or an empty one: as text, as tokens
-Turns = list[dict[str, str]]
 
 
 class SGPO(sapo.Source):
@@ -165,17 +143,13 @@ class SGPO(sapo.Source):
 
 
 # --------------------------------------------------------------------------- phase 1: the improver
-
-
 def improver_rows(
     targets: Sequence[Target], asks: Sequence[Ask], run: Run
 ) -> tuple[list[Pair], dict[str, Any]]:
     """The rows that make pi_0 an improver, and what the fence did, as JSON: quartiles, fence (None:
-    --fence-k is 0), how many fell. Raises InputError where no target fits.
-
-    The rows are I(x, y0) -> y*, for each target that fits into `max_length` and whose perplexity is
-    not above the fence, and x -> gold, so many that these are --improver-mix of all.
-    """
+    --fence-k is 0), how many fell. The rows are I(x, y0) -> y*, for each target that fits into
+    `max_length` and whose perplexity is not above the fence, and x -> gold, so many that these are
+    --improver-mix of all. Raises InputError where no target fits."""
     c, tokenizer, rows, given = run.config, run.tokenizer, list[Pair](), list[Pair]()
     for i, target in enumerate(targets, 1):
         asked = improver_prompt(target.messages, target.response, c.improver_instruction)
@@ -239,7 +213,9 @@ def improver_prompt(
     which is the user's. It gives way to `instruction`, in which its text stands for {prompt} and
     the answer for {answer}; earlier turns stay as they are. With TARGET as the instruction they ask
     the stronger model, which is also told the gold response."""
-    last = fill(instruction, prompt=messages[-1]["content"], gold=gold, answer=answer)
+    texts = {"prompt": messages[-1]["content"], "gold": gold, "answer": answer}
+    # All at once: braces in what is filled in stay as they are.
+    last = re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), instruction)
     return [*map(dict, messages[:-1]), {"role": "user", "content": last}]
 
 
@@ -263,11 +239,6 @@ def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
     return kept
 
 
-def fill(template: str, **values: str) -> str:
-    """The template with each {name} replaced; braces in what is filled in stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
-
-
 def as_prompt(messages: Messages) -> Any:
     """A conversation as a row's "prompt": the text where it is one turn of the user's."""
     alone = len(messages) == 1 and messages[0]["role"] == "user"
@@ -275,8 +246,6 @@ def as_prompt(messages: Messages) -> Any:
 
 
 # ------------------------------------------------------------------------------------- the flags
-
-
 @dataclass
 class Settings(sapo.Copies, sapo.Rounds):
     """SGPO."""

@@ -15,7 +15,6 @@ reading ends; then files, ranks, flags and the whole run. N is the number of pai
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -71,8 +70,6 @@ class Stopped(Exception):
 
 
 # --------------------------------------------------------------------------------------- the loop
-
-
 def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
     """The only loop: trains the policy on the source's pairs. t counts optimizer updates done."""
     t = saved = files.restore(learner, source)
@@ -104,7 +101,7 @@ def fit(c: Config, learner: Learner, source: Source, files: Files) -> None:
 
 def step(c: Config, learner: Learner, source: Source, t: int) -> Seen:
     """One update: pairs, gradients over micro-batches, clipping, the optimizer."""
-    began, (number, first, end) = time.perf_counter(), source.stretch(t)
+    number, first, end = source.stretch(t)
     if t == first:  # SPIN's iterations and SGPO's rounds are runs of their own
         learner.optimizer.state.clear()
     learner.begin_step(c.beta[: number + 1][-1])
@@ -119,7 +116,7 @@ def step(c: Config, learner: Learner, source: Source, t: int) -> Seen:
         row |= summary(pairs, table, c)
         with learner.clock("optimizer"):
             row["grad_norm"] = learner.update(lr, row["loss"])
-    row |= source.metrics | learner.spent(pairs, time.perf_counter() - began)
+    row |= source.metrics | learner.spent(pairs)
     return pairs, table, row
 
 
@@ -127,16 +124,15 @@ def evaluate(c: Config, learner: Learner, source: Source, files: Files) -> Row:
     """Held-out rows scored as training pairs are, those without a rejected side with one that the
     source makes; and accuracy, in runs on the built-in tasks."""
     row, began = Row(), time.perf_counter()
-    with learner.clock("eval"):
-        if files.eval_rows:
-            new = iter(source.spoil([pair for pair in files.eval_rows if not pair.rejected]))
-            pairs = [pair if pair.rejected else next(new) for pair in files.eval_rows]
-            table = learner.score(pairs, source.reference_version, learn=False)
-            row |= {f"eval/{key}": value for key, value in summary(pairs, table, c).items()}
-        if files.on_tasks:
-            with learner.ranks.decoder(learner.policy) as ready:
-                shares = sample.task_accuracy(ready, files.tokenizer, c.seed, 0.0, "validation")
-            row |= {f"eval/accuracy/{kind}": share for kind, share in shares.items()}
+    if files.eval_rows:
+        new = iter(source.spoil([pair for pair in files.eval_rows if not pair.rejected]))
+        pairs = [pair if pair.rejected else next(new) for pair in files.eval_rows]
+        table = learner.score(pairs, source.reference_version, learn=False)
+        row |= {f"eval/{key}": value for key, value in summary(pairs, table, c).items()}
+    if files.on_tasks:
+        with learner.ranks.decoder(learner.policy) as ready:
+            shares = sample.task_accuracy(ready, files.tokenizer, c.seed, 0.0, "validation")
+        row |= {f"eval/accuracy/{kind}": share for kind, share in shares.items()}
     return row | {"seconds/eval": time.perf_counter() - began}
 
 
@@ -146,7 +142,7 @@ def summary(pairs: Sequence[Pair], table: Table, c: Config) -> Row:
     row = {"nll": -float(table["logps/chosen"].sum()) / sum(len(p.chosen) for p in pairs)}
     row["loss"] = float(table["losses"].mean()) + c.nll_weight * row["nll"]
     row["logps/chosen"] = float(table["logps/chosen"].mean())
-    row["tokens/policy"] = float(table["tokens"].sum())
+    row["tokens/policy"] = float(sum(map(lm.tree_size, pairs)))
     if c.loss is not None and all(pair.rejected for pair in pairs):
         good, bad = table["rewards/chosen"], table["rewards/rejected"]
         unlike = torch.tensor([pair.rejected != pair.chosen for pair in pairs])
@@ -177,8 +173,6 @@ def lr_at(c: Config, t: int, steps: int, peak: float) -> float:
 
 
 # ------------------------------------------------------------------------------------ the learner
-
-
 class Learner:
     """The models and the optimizer, and the `sapo.Run` of a source: it scores pairs, learns from
     them, and generates. `roles` are those of `Source`: copies of `start` beside the policy."""
@@ -199,66 +193,65 @@ class Learner:
 
     def begin_step(self, beta: float) -> None:
         """Sets the step's beta, its clocks, and its tokens sampled and seen by the reference."""
-        self.beta, self.seconds = beta, dict[str, float]()
-        self.generated = self.referred = 0
+        self.beta, self.marks = beta, [("", self.ranks.moment())]  # whose time begins, and when
+        phases = ["generate", "reference"] if sapo.compares(self.config) else ["generate"]
+        self.tokens = {f"tokens/{phase}": 0.0 for phase in phases}
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Adds the time within to `seconds[name]`, less that of clocks within this one."""
-        began, before = time.perf_counter(), sum(self.seconds.values())
+        """The time within is of that name, but for the time of clocks within this one."""
+        outer = self.marks[-1][0]
+        self.marks.append((name, self.ranks.moment()))
         yield
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        inner = sum(self.seconds.values()) - before
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began - inner
+        self.marks.append((outer, self.ranks.moment()))
 
-    def spent(self, pairs: Sequence[Pair], seconds: float) -> Row:
+    def spent(self, pairs: Sequence[Pair]) -> Row:
         """The step's clocks and counts. `tokens_per_second` counts separate sequences."""
+        names, moments = zip(*self.marks, ("", self.ranks.moment()), strict=True)
+        at = self.ranks.seconds(moments)
         tokens = sum(len(x) * (1 + bool(z)) + len(y) + len(z) for x, y, z, _ in pairs)
-        row = {"skipped": float(self.skipped), "tokens/generate": float(self.generated)}
-        if sapo.compares(self.config):
-            row["tokens/reference"] = float(self.referred)
-        row["tokens_per_second"] = tokens / seconds
-        return row | {f"seconds/{name}": value for name, value in self.seconds.items()}
+        row = {"skipped": float(self.skipped)} | self.tokens
+        row["tokens_per_second"] = tokens / (at[-1] - at[0])
+        for name, begin, end in zip(names, at, at[1:], strict=False):
+            if name:
+                row[f"seconds/{name}"] = row.get(f"seconds/{name}", 0.0) + end - begin
+        return row
 
-    def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[int], list[Pair], Tensor]]:
-        """This rank's micro-batches: places, pairs, weights. It has every world-th pair by length,
+    def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Tensor, Tensor]]:
+        """This rank's micro-batches: pairs, places, weights. It has every world-th pair by length,
         and one again with weight 0 where they do not come out even: all run as many passes."""
         count, size = len(pairs), self.config.micro_batch_size
         order = sorted(range(count), key=lambda i: sum(map(len, pairs[i][:3])))
         mine = order[self.ranks.rank :: self.ranks.world]
-        real = len(mine)
-        mine += order[-1:] * (math.ceil(count / self.ranks.world) - real)
-        for first in range(0, len(mine), size):
-            places = mine[first : first + size]
-            weights = torch.tensor([float(first + k < real) for k in range(len(places))])
-            yield places, [pairs[i] for i in places], weights.to(self.ranks.device)
+        weights = [1.0] * len(mine) + [0.0] * (math.ceil(count / self.ranks.world) - len(mine))
+        mine += order[-1:] * (len(weights) - len(mine))
+        parts = zip(*(self.ranks.send(x).split(size) for x in (mine, weights)), strict=True)
+        for first, part in zip(range(0, len(mine), size), parts, strict=False):
+            yield [pairs[i] for i in mine[first : first + size]], *part
 
     def sums(self, model: Transformer, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
         """Summed log-probs of chosen and rejected under a model, on every rank; no gradient."""
         table = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.ranks.device)
-        for places, batch, weights in self.shares(pairs):
-            with torch.no_grad():
+        with torch.no_grad(), passes(model, self.config, self.ranks):
+            for batch, places, weights in self.shares(pairs):
                 both = torch.stack(lm.pair_logprobs(model, batch)[:2], dim=1)
-            table[places] += both.double() * weights[:, None]
+                table[places] += both.double() * weights[:, None]
         return [*map(tuple, self.ranks.sum(table).tolist())]
 
     def reference_logps(self, pairs: Sequence[Pair], version: int, keep: bool) -> Tensor:
         """(N, 2) float32 on every rank: `sums` under the reference, once for a pair, and kept until
         that is another `version`. `keep`: not held-out pairs."""
         if version != self.version:
-            self.version = version
-            self.known.clear()
+            self.version, self.known = version, {}
         keys = [hash_seed(*pair[:3]) for pair in pairs]
         missing = {k: p for k, p in zip(keys, pairs, strict=True) if k not in self.known}
         with self.clock("reference"):
             sums = self.sums(self.models["reference"], [*missing.values()])
-        self.referred += sum(map(lm.tree_size, missing.values()))
+        self.tokens["tokens/reference"] += sum(map(lm.tree_size, missing.values()))
         found = self.known | dict(zip(missing, sums, strict=True))
         if keep:
             self.known = found
-        rows = [found[key] for key in keys]
-        return torch.tensor(rows, dtype=torch.float32, device=self.ranks.device).view(-1, 2)
+        return self.ranks.send([found[key] for key in keys])
 
     def score(self, pairs: Sequence[Pair], version: int, learn: bool) -> Table:
         """COLUMNS on every rank; `learn`: the gradient too. `version`: of the reference."""
@@ -268,21 +261,21 @@ class Learner:
         if sapo.compares(c) and pairs:
             references = self.reference_logps(pairs, version, keep=learn)
         tokens = sum(len(pair.chosen) for pair in pairs)
-        for places, batch, weights in self.shares(pairs):
-            reference = references[places].unbind(1)
-            with self.clock("policy"), torch.set_grad_enabled(learn):
-                parts = lm.pair_token_logprobs(self.policy, batch)
-                policy = lm.pair_sums(parts)
-                losses, *rewards = sapo.pair_loss(c, self.beta, policy, reference)
-                loss = (losses * weights).sum() / count
-                loss = loss - c.nll_weight * (policy[0] * weights).sum() / tokens
+        with self.clock("policy"), passes(self.policy, c, self.ranks):
+            for batch, places, weights in self.shares(pairs):
+                reference = references[places].unbind(1)
+                with torch.set_grad_enabled(learn):
+                    parts = lm.pair_token_logprobs(self.policy, batch)
+                    policy = lm.pair_sums(parts)
+                    losses, *rewards = sapo.pair_loss(c, self.beta, policy, reference)
+                    loss = (losses * weights).sum() / count
+                    loss = loss - c.nll_weight * (policy[0] * weights).sum() / tokens
                 if learn:  # FSDP averages gradients over ranks; the sum is wanted
                     (loss * self.ranks.world).backward()
-            sizes = torch.tensor([lm.tree_size(pair) for pair in batch], device=loss.device)
-            segments = sapo.segment_logprobs(batch, parts).unbind(1)
-            columns = (losses, *policy[:2], *reference, *rewards, *segments, sizes)
-            values = torch.stack([column.detach().double() for column in columns], 1)
-            stats[places] += values * weights[:, None]
+                segments = sapo.segment_logprobs(batch, parts).unbind(1)
+                columns = (losses, *policy[:2], *reference, *rewards, *segments)
+                values = torch.stack([column.detach().double() for column in columns], 1)
+                stats[places] += values * weights[:, None]
         table = self.ranks.sum(stats).cpu()  # once: each number read from a device waits for it
         return dict(zip(COLUMNS, table.unbind(1), strict=True))
 
@@ -318,19 +311,18 @@ class Learner:
 
         with self.clock("generate"), ranks.decoder(model) as ready:
             done = kept(c, ranks, asked, write, ranks.norm(model)) if keep else write(asked)
-        self.generated += sum(len(tokens) for tokens, _ in done)
+        self.tokens["tokens/generate"] += sum(len(tokens) for tokens, _ in done)
         return done
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the policy's weights, by name, sharded as it lies."""
         tree = dict[str, Tensor]()
-        for role, model in self.models.items():
+        for name, parameter in self.policy.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tree[f"optimizer.{name}.{key}"] = value
+        for role, model in [*self.models.items()][1:]:  # all but the policy
             for name, parameter in model.named_parameters():
-                if role != "policy":
-                    tree[f"{role}.{name}"] = parameter
-                    continue
-                for key, value in self.optimizer.state[parameter].items():
-                    tree[f"optimizer.{name}.{key}"] = value
+                tree[f"{role}.{name}"] = parameter
         tree["known.keys"] = torch.tensor([*self.known], dtype=torch.int64)
         tree["known.logps"] = torch.tensor([*self.known.values()], dtype=torch.float64).view(-1, 2)
         tree["counts"] = torch.tensor([self.bad_steps, self.skipped, self.version])
@@ -338,25 +330,39 @@ class Learner:
 
     def load_state_dict(self, tree: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave, each rank its shards."""
-        for role, model in self.models.items():
-            for name, parameter in model.named_parameters():
-                if role != "policy":
-                    self.ranks.place(parameter, tree[f"{role}.{name}"])
-                    continue
-                prefix, state = f"optimizer.{name}.", self.optimizer.state[parameter]
-                for key in [name.removeprefix(prefix) for name in tree if name.startswith(prefix)]:
-                    state[key] = tree[prefix + key]
-                    if key != "step":
-                        state[key] = torch.zeros_like(parameter).detach()
-                        self.ranks.place(state[key], tree[prefix + key])
+        for name, parameter in self.policy.named_parameters():
+            prefix, state = f"optimizer.{name}.", self.optimizer.state[parameter]
+            for key in [name.removeprefix(prefix) for name in tree if name.startswith(prefix)]:
+                like = torch.zeros(()) if key == "step" else parameter
+                state[key] = torch.zeros_like(like).detach()
         logps = map(tuple, tree["known.logps"].tolist())
         self.known = dict(zip(tree["known.keys"].tolist(), logps, strict=True))
         self.bad_steps, self.skipped, self.version = tree["counts"].tolist()
+        for name, value in self.state_dict().items():
+            self.ranks.place(value, tree[name])
 
 
-# The last five: log-probs of B, of B', of C after B and after B', by the policy; tokens computed.
+# The last four: the policy's log-probs of B, of B', of C after B and of C after B'.
 COLUMNS = """losses logps/chosen logps/rejected ref_logps/chosen ref_logps/rejected rewards/chosen
-    rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest tokens""".split()  # noqa: SIM905
+    rewards/rejected logps/segment logps/new_segment logps/rest logps/new_rest""".split()  # noqa: SIM905
+
+
+@contextlib.contextmanager
+def passes(model: Transformer, c: Config, ranks: Ranks) -> Iterator[None]:
+    """Around passes, backward too: the blocks' matrices are rounded to the computation's type once
+    for all of them, at 2 bytes a weight (over several ranks FSDP does it); --deterministic is on,
+    without which sampling sums in order, and with which CUDA's cumsum may want V x V numbers."""
+    torch.use_deterministic_algorithms(c.deterministic)
+    parts = model.model["layers"].modules() if ranks.world == 1 and model.compute_dtype else ()
+    held: list[Any] = [(x._parameters, x.weight) for x in parts if isinstance(x, nn.Linear)]
+    for own, weight in held:
+        own["weight"] = weight.to(model.compute_dtype)
+    try:
+        yield
+    finally:
+        for own, weight in held:
+            own["weight"] = weight
+        torch.use_deterministic_algorithms(False)
 
 
 def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
@@ -371,8 +377,6 @@ def make_optimizer(policy: Transformer, c: Config) -> torch.optim.Optimizer:
 
 
 # ------------------------------------------------------------------------------ what lies on disk
-
-
 @dataclass
 class Files:
     """What one run of `fit` reads and leaves. All ranks call its methods, to gather the weights."""
@@ -509,31 +513,27 @@ def kept(
     """The rows' answers: those in a file, of the same row and model (`stamp`), and others written,
     some at a time, so that a run that is Stopped here keeps them."""
     path, size = Path(c.out) / ".generated.jsonl", 8 * c.generate_batch_size * ranks.world
-    keys = [hash_seed(stamp, *row) for row in rows]
+    asked = {hash_seed(stamp, *row): row for row in rows}  # no two are equal: seeds differ
     known = {row["key"]: (row["tokens"], row["logp"]) for row in json_lines(path)}
-    left = [i for i, key in enumerate(keys) if key not in known]
+    left = [key for key in asked if key not in known]
     for first in range(0, len(left), size):
         some = left[first : first + size]
-        new = zip(some, write([rows[i] for i in some]), strict=True)
-        told = [{"key": keys[i], "tokens": tokens, "logp": logp} for i, (tokens, logp) in new]
-        known |= {row["key"]: (row["tokens"], row["logp"]) for row in told}
+        known |= zip(some, write([asked[key] for key in some]), strict=True)
         if ranks.first:
-            append(path, told)
+            append(path, ({"key": k, "tokens": known[k][0], "logp": known[k][1]} for k in some))
         if ranks.agree(ranks.asked_to_stop):
             raise Stopped("stopped while answers were generated; --resume goes on")
-    return [known[key] for key in keys]
+    return [known[key] for key in asked]
 
 
 class Trace:
-    """The first steps of a run in one safetensors file (`--trace`), to check another program by.
-
+    """The first steps of a run in one safetensors file (`--trace`), to check another program by:
     step/... (S,): step, loss, nll, grad_norm (before clipping), lr, beta, norm/policy (after
         the step), norm/ema and norm/reference (in it)
     pair/... (N,): step, COLUMNS, place (where it was drawn from: the replay buffer with the
         fresh pairs in it, 0 the oldest; SPIN's pool; SGPO's round; the rows), `sapo.pack`
     fresh/...: step and `sapo.pack` of the pairs made at a step, in the order they were stored
-    and in the metadata, as JSON under "args", the flags, save names of files.
-    """
+    In the metadata, as JSON under "args": the flags, save names of files."""
 
     def __init__(self, c: Config) -> None:
         self.path, self.parts = Path(c.trace or ""), list[dict[str, Tensor]]()
@@ -598,8 +598,6 @@ def flush(path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------- the ranks
-
-
 def say(message: str) -> None:
     """A line on stderr, of the first rank alone."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -613,11 +611,6 @@ def outline(folder: Path) -> Transformer:
         model = Transformer(config)
     lm.find_weights(dict(model.named_parameters()), folder)
     return model
-
-
-def local(value: Tensor) -> Tensor:
-    """This rank's share of a tensor, itself where it is not sharded."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 class Ranks:
@@ -660,17 +653,38 @@ class Ranks:
             # one (the EMA, the reference, an evaluation) the next update of it would be lost.
             for part in (*blocks, model):
                 fully_shard(part, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
-        device = "cpu" if role == "ema" and c.ema_offload else self.device
+        device = torch.device("cpu") if role == "ema" and c.ema_offload else self.device
         model.to_empty(device=device).requires_grad_(role == "policy")
+        for parameter in model.parameters() if device != self.device else ():
+            parameter.data = torch.empty_like(parameter, pin_memory=True)  # or copies would wait
         lm.load_weights(dict(model.named_parameters()), folder, self.place)
         return model
 
     def place(self, parameter: Tensor, value: Tensor) -> None:
         """parameter <- this rank's share of a whole value."""
         if isinstance(parameter, DTensor):
-            chunks = value.chunk(self.world)
+            chunks, parameter = value.chunk(self.world), parameter.to_local()
             value = chunks[self.rank] if self.rank < len(chunks) else value[:0]
-        local(parameter).copy_(value)
+        parameter.copy_(value)
+
+    def send(self, values: Sequence[Any]) -> Tensor:
+        """Numbers as a tensor on the device, without a wait for what runs there."""
+        return torch.tensor(values).to(self.device, non_blocking=True)
+
+    def moment(self) -> Any:
+        """Now: on CUDA when what has been asked for so far is done."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, moments: Sequence[Any]) -> Sequence[float]:
+        """When the moments were, from any point on; waits for the last."""
+        if self.device.type != "cuda":
+            return moments
+        moments[-1].synchronize()
+        return [moments[0].elapsed_time(moment) / 1000 for moment in moments]
 
     def whole(self, value: Tensor) -> Tensor:
         """The whole of a sharded tensor, on every rank (collective)."""
@@ -684,8 +698,7 @@ class Ranks:
 
     def norm(self, model: nn.Module) -> float:
         """The root of the sum of all squared weights, summed in float64 (collective)."""
-        squares = sum(local(p).detach().double().square().sum() for p in model.parameters())
-        return math.sqrt(float(self.sum(torch.as_tensor(squares).to(self.device))))
+        return math.sqrt(sum(self.whole(p.double().square().sum()) for p in model.parameters()))
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -717,10 +730,9 @@ class Ranks:
         weights at hand, as ranks stop at different times and must not wait for each other."""
         dtype = model.compute_dtype or model.dtype
         if self.world > 1 or dtype != model.dtype or self.device != model.device:
-            weights = {name: p.detach() for name, p in model.named_parameters()}
-            cast = {name: torch.empty_like(weight, dtype=dtype) for name, weight in weights.items()}
-            torch._foreach_copy_([*map(local, cast.values())], [*map(local, weights.values())])
-            whole = {name: self.whole(weight).to(self.device) for name, weight in cast.items()}
+            named = model.named_parameters()
+            sent = ((name, p.to(self.device, non_blocking=True)) for name, p in named)
+            whole = {name: self.whole(p.to(dtype)) for name, p in sent}
             model = lm.with_weights(model.config, whole)
         with torch.compiler.set_stance("force_eager"):
             yield model
@@ -739,8 +751,6 @@ class Ranks:
 
 
 # -------------------------------------------------------------------------------------- the flags
-
-
 @dataclass
 class Config(sapo.Settings, sgpo.Settings):
     """The run. Of all flags the string below is the help; comments begin groups or name sources:
@@ -827,6 +837,9 @@ class Config(sapo.Settings, sgpo.Settings):
     "recompute each block in the backward pass, to save memory"
     compile: bool = False
     "compile each block with torch.compile; the first steps then take a minute or more"
+    deterministic: bool = False  # [ours]
+    "sum a GPU's gradients in one order, so that a run there repeats to the bit, as on a CPU any \
+run does; attention's backward pass is slower then"
 
 
 TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
@@ -858,14 +871,7 @@ def parse_args(argv: Sequence[str]) -> Config:
     told = ["recipes (`tasks`, or `tasks-sgpo`, is in force where no --data is given):"]
     for name, values in RECIPES.items():
         told.append(f"  {name}\n    {' '.join(f'{key}={value}' for key, value in values.items())}")
-    parser = sample.Parser(
-        prog="train.py",
-        description=(__doc__ or "").split("\n")[0],
-        epilog="\n".join(told),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    given = sample.parse_flags(parser, Config, argv)
+    given = sample.parse_flags(Config, argv, __doc__ or "", "\n".join(told))
     if "steps" in given and "epochs" in given:
         raise InputError("--steps and --epochs both say how long to train: give one of them")
     usual = "tasks-sgpo" if given.get("method") == "sgpo" else "tasks"
@@ -968,8 +974,6 @@ def target_server(c: Config) -> data.TargetServer | None:
 
 
 # ---------------------------------------------------------------------------------- the whole run
-
-
 def main(argv: Sequence[str]) -> int:
     """Parses, runs, and turns bad input into one line and exit status 2."""
     ranks = None
@@ -985,6 +989,8 @@ def main(argv: Sequence[str]) -> int:
     before = [(number, signal.signal(number, stop)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         c = parse_args(argv)
+        if c.deterministic:  # cuBLAS reads it as it starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         ranks = Ranks()
         run(c, ranks)
         return 0
@@ -1055,18 +1061,15 @@ def run(c: Config, ranks: Ranks) -> None:
 
 
 def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]], list[str]]:
-    """What a run reads, by its flag: rows as text and as tokens, and what else a resumed one must
-    find as it was; and lines on what was dropped and cut. InputErrors before targets are paid for.
-    """
+    """What a run reads, by its flag: rows as text and tokens, and what else a resumed one must find
+    as it was; and lines on what was dropped. InputErrors come before targets are paid for."""
     read: dict[str, list[Any]] = {"tokenizer or chat template": [tokenizer.digest()]}
     paired, told = SOURCES[c.method][0] is Source, list[str]()  # it takes the rows' rejected sides
 
     def rows(paths: list[str] | None, n: int = 128, **how: Any) -> list[sgpo.Ask]:
-        found = (
-            data.load_examples(paths, **how) if paths else data.task_examples("clean", n, c.seed)
-        )
+        text = data.load_examples(paths, **how) if paths else data.task_examples("clean", n, c.seed)
         limits = (c.max_length, c.max_prompt_length or 0)
-        examples, pairs, counts = data.encode_examples(found, tokenizer, *limits)
+        examples, pairs, counts = data.encode_examples(text, tokenizer, *limits)
         told.append(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
         return [*zip(examples, pairs, strict=True)]
 
@@ -1151,21 +1154,16 @@ def sft(c: Config, start: Path, examples: list[data.Example], files: Files, **ho
 
 def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) -> None:
     """Makes the built-in start: SFT on answers of mixed quality, a fifth of them rewritings."""
-    blank = start.with_name(".blank")
     if ranks.first:
         print("pre-training the built-in start", flush=True)
-        shutil.rmtree(blank, ignore_errors=True)
-        sizes = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_ids[0]}
-        fresh = Transformer(lm.Config.from_dict(START_MODEL | sizes))
-        fresh.init_weights(c.seed)
-        fresh.save_pretrained(blank)
-        tokenizer.save(blank)
-    ranks.agree(False)  # all wait for it
+    sizes = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_ids[0]}
+    fresh = Transformer(lm.Config.from_dict(START_MODEL | sizes))
+    fresh.init_weights(c.seed)
     examples = data.task_examples("pretrain", START["steps"] * START["batch_size"], c.seed, 0.2)
     files = Files(ranks, tokenizer, start.with_suffix(".jsonl"), start, "sft")
-    sft(c, blank, examples, files, **START)
-    if ranks.first:
-        shutil.rmtree(blank)
+    with tempfile.TemporaryDirectory() as blank:  # each rank's own
+        fresh.save_pretrained(blank)
+        sft(c, Path(blank), examples, files, **START)
 
 
 def control(c: Config, start: Path, files: Files, steps: int) -> None:
@@ -1178,8 +1176,7 @@ def control(c: Config, start: Path, files: Files, steps: int) -> None:
 
 
 def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files: Files) -> int:
-    """SGPO's first phase, OUT/improver: the start, fine-tuned to improve its own answers. Returns
-    the steps it took."""
+    """SGPO's first phase, OUT/improver: the start, taught to improve its own answers. Its steps."""
     folder, note = files.final.with_name("improver"), files.final.with_name("improver_filter.json")
     if folder.exists():
         return int(lm.read_json(note)["steps"])

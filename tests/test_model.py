@@ -353,9 +353,9 @@ def test_prompts_are_taken_in_some_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     whole = generate(ours, prompts, 6, return_logprobs=True)
     begin = Packed.__init__
     monkeypatch.setattr(Packed, "__init__", lambda *a: (passes.append(a[1]), begin(*a))[1])
-    monkeypatch.setattr(lm, "PREFILL", 12)
+    monkeypatch.setattr(lm, "PREFILL", 60)
     some = generate(ours, prompts, 6, return_logprobs=True)
-    assert passes == [[3, 4, 5], [9], [30]] and some[0] == whole[0]
+    assert passes == [[3, 4], [5, 9], [30]] and some[0] == whole[0]
     both = (torch.tensor([x for row in side[1] for x in row]) for side in (some, whole))
     torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
 
@@ -370,7 +370,7 @@ def test_a_model_for_decoding_is_the_same_model(kind: str, dtype: torch.dtype) -
     for rows in (0, 3):  # the second time of one that is made so already
         weights = {name: p.detach() for name, p in fast.named_parameters()}
         fast = lm.with_weights(ours.config, weights, rows)
-        assert len(weights) == len([*fast.parameters()]) < len(before) + 1
+        assert rows or len(weights) == len([*fast.parameters()]) <= len(before)
         assert all(
             (x.packed is not None) == bool(rows) for x in fast.modules() if type(x) is Linear
         )

@@ -429,7 +429,7 @@ held, shares = [], learner.shares
 def watched(pairs):
     for share in shares(pairs):
         yield share  # resumed behind the micro-batch
-        grads = [train.local(p.grad) for p in learner.policy.parameters()]
+        grads = [p.grad.to_local() for p in learner.policy.parameters()]
         for module in learner.policy.modules():
             group = getattr(module, "_get_fsdp_state", lambda: None)()
             for param in group._fsdp_param_group.fsdp_params if group else ():

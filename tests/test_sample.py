@@ -43,7 +43,7 @@ class Flags(Base):
 
 
 def parse(*argv: str) -> dict[str, Any]:
-    return sample.parse_flags(sample.Parser(prog="x", allow_abbrev=False), Flags, argv)
+    return sample.parse_flags(Flags, argv, "")
 
 
 def test_flags_are_the_fields_of_a_dataclass(capsys: Any) -> None:

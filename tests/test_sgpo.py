@@ -23,7 +23,6 @@ from sgpo import (
     SGPO,
     TARGET,
     Ask,
-    fill,
     improver_prompt,
     improver_rows,
     perplexity_fence,
@@ -56,7 +55,8 @@ def test_the_improvers_prompt_holds_request_and_answer_and_keeps_earlier_turns()
     assert "Why {answer}?" in asked[2]["content"]
     assert "Because {prompt}." in asked[2]["content"]
     assert improver_prompt([user("sort ba")], "ab", SHORT) == [user("sort ba | ab")]
-    assert fill("{a}{b}{c}{a}", a="{b}", b="x") == "{b}x{c}{b}"  # once each, and nothing else
+    (said,) = improver_prompt([user("{answer}")], "x", "{prompt}{answer}{c}{prompt}")
+    assert said == user("{answer}x{c}{answer}")  # once each, and nothing else
 
 
 def test_the_stronger_models_prompt_holds_the_gold_too() -> None:

@@ -1,7 +1,9 @@
 """train.py and sample.py: whole runs on a tiny random model, their files, and their equals."""
 
+import contextlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -13,10 +15,12 @@ import torch
 import transformers
 from helpers import GOLDEN, alike, metrics, same, torchrun, weights
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model as lm
 import sample
+import sapo
 import train
 from model import Transformer, hash_seed
 
@@ -241,6 +245,175 @@ def test_an_ema_in_host_memory_changes_nothing_and_wants_one_process(
     capsys.readouterr()
     assert run(*usual, "--ema-offload", "--out", tmp_path / "other") == 2
     assert "--ema-offload is for one process" in error_line(capsys)
+
+
+def test_an_ema_in_host_memory_is_averaged_where_the_policy_is_as_one_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each parameter goes there once and comes back once; only the last copy is waited for."""
+
+    class There(torch.nn.Parameter):
+        device = torch.device("cuda")
+
+    copies = list[bool]()
+
+    def send(x: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        assert device.type == "cuda" and non_blocking
+        return x.clone()
+
+    def copy(x: torch.Tensor, y: torch.Tensor, non_blocking: bool) -> None:
+        copies.append(non_blocking)
+        x.data = y
+
+    here, beside, policy = (torch.nn.Linear(64, 50) for _ in range(3))
+    beside.load_state_dict(here.state_dict())
+    sapo.ema_update(beside, policy, 0.7)
+    for name, value in [*policy.named_parameters()]:
+        setattr(policy, name, There(value.data))
+    monkeypatch.setattr(torch.Tensor, "to", send)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    sapo.ema_update(here, policy, 0.7)
+    monkeypatch.undo()
+    assert copies == [True, False]
+    assert all(map(torch.equal, here.parameters(), beside.parameters()))
+
+
+def test_an_ema_in_host_memory_is_pinned_and_goes_up_once_to_be_rounded_there(
+    start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the meta device stands for the GPU."""
+    config = train.parse_args(["--data", "none", "--precision", "bf16", "--ema-offload"])
+    ranks, pinned = train.Ranks(), list[bool]()
+    ranks.device = torch.device("meta")
+
+    def empty_like(x: torch.Tensor, device: str = "", pin_memory: bool = False) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return torch.empty(x.shape, device=device or x.device)
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    ema = ranks.build(start, config, "ema")
+    monkeypatch.undo()
+    assert sum(pinned) == len([*ema.parameters()]) and ema.device.type == "cpu"
+    assert all(map(torch.equal, ema.parameters(), Transformer.from_pretrained(start).parameters()))
+    moves = set[Any]()
+
+    class Moves(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), more: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._to_copy.default:
+                moves.add((args[0].device.type, (more or {})["dtype"]))
+            return func(*args, **(more or {}))
+
+    with Moves(), ranks.decoder(ema) as ready:
+        assert {(p.device.type, p.dtype) for p in ready.parameters()} == {("meta", torch.bfloat16)}
+    assert moves == {("cpu", torch.float32), ("meta", torch.bfloat16)}
+
+
+def learner_of(start: Path, *flags: str) -> train.Learner:
+    config = train.parse_args(["--data", "none", *flags])
+    return train.Learner(config, start, data.load_tokenizer(start), train.Ranks())
+
+
+PAIRS = [data.Pair([5, 6, n], [8, 9, 10, 256], [8, 11, 12, 13, 256]) for n in range(5)]
+
+
+class Casts(TorchDispatchMode):
+    """Counts the matrices that are rounded."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        casts = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype")
+        self.count += casts is torch.bfloat16 and tuple(args[0].shape) in ((32, 32), (48, 32))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("more", [[], ["--activation-checkpointing"]])
+def test_matrices_are_rounded_once_a_step_with_the_gradients_of_rounding_in_each_pass(
+    more: list[str], start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The built-in model's embedding, also its head, stays in fp32: it is looked up and summed."""
+    found = []
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr(train, "passes", lambda *_: contextlib.nullcontext())
+        learner = learner_of(start, "--precision", "bf16", "--micro-batch-size", "2", *more)
+        names = [name for name, _ in learner.policy.named_parameters()]
+        with Casts() as casts:
+            table = learner.score(PAIRS, 0, learn=True)
+        grads = {name: p.grad for name, p in learner.policy.named_parameters()}
+        assert [*grads] == names and all(p.is_leaf for p in learner.policy.parameters())
+        found.append((casts.count, table, grads))
+    (few, table, grads), (many, again, others) = found
+    layers = 3
+    assert few == 6 * layers and many >= 3 * few  # of down_proj, 32 x 48, none is counted
+    assert all(torch.equal(table[key], again[key]) for key in again)
+    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+    assert all(torch.equal(grads[name], others[name]) for name in others)
+
+
+def test_clocks_within_clocks_and_a_step_that_waits_once(
+    start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA moments are events; these come a second after one another."""
+    waited = []
+
+    class Event:
+        made = 0
+
+        def __init__(self, enable_timing: bool) -> None:
+            Event.made += 1
+            self.at = 1000.0 * Event.made
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None:
+            waited.append(self.at)
+
+        def elapsed_time(self, other: "Event") -> float:
+            return other.at - self.at
+
+    learner = learner_of(start, "--method", "sft")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(learner.ranks, "device", torch.device("cuda"))
+    learner.begin_step(0.1)  # 1
+    with learner.clock("source"):  # 2
+        for _ in range(2):  # 3 4, 5 6
+            with learner.clock("generate"):
+                pass
+    with learner.clock("policy"):  # 7 is the source's last; 8 9
+        pass
+    row = learner.spent(PAIRS[:2])  # 10
+    seconds = {key: value for key, value in row.items() if key.startswith("seconds")}
+    assert seconds == {"seconds/source": 3, "seconds/generate": 2, "seconds/policy": 1}
+    assert row["tokens_per_second"] == 2 * (3 + 4 + 3 + 5) / 9
+    assert waited == [10_000]
+
+
+@pytest.mark.parametrize("method", ["sapo", "spin", "sgpo"])
+def test_deterministic_runs_with_every_source_and_changes_nothing_on_a_cpu(
+    method: str, usual: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    seen, real = list[bool](), torch.Tensor.backward
+
+    def backward(loss: torch.Tensor) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        real(loss)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    flags = [*usual, "--method", method, "--steps", 2, "--micro-batch-size", 2]
+    flags += ["--max-new-tokens", 8, "--max-length", 300] if method != "sapo" else []
+    short = ["--improver-instruction", "{prompt} | {answer}", "--keep-cut", "--batch-size", 2]
+    flags += short if method == "sgpo" else []
+    assert run(*flags) == 0 and not any(seen) and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    seen.clear()
+    assert run(*flags, "--deterministic", "--out", tmp_path / "again") == 0
+    assert seen and all(seen) and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    same(tmp_path / "again", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
