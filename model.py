@@ -298,7 +298,6 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 # nor can 2.11 be told how many of the stored keys are there.
 WORDS = inspect.signature(varlen_attn).parameters
 GROUPED: Any = dict.fromkeys({"enable_gqa"} & {*WORDS}, True)
-PIECE = 256  # queries that attend at a time, where that kernel does not run
 
 
 class Packed:
@@ -327,15 +326,15 @@ class Packed:
         """Builds what is added to the attention scores, once per forward pass: not per layer, and
         not within a block, whose recomputation or compilation would find it there already."""
         self.one_kernel = has_kernel(self.positions.device, dtype, config.head_dim)
-        self.biases: dict[int | None, Tensor] = {}
-        if self.one_kernel:
-            return
-        # One for all pieces: a piece takes the columns that put its first query on `most`.
-        most, group = max(self.seen_sizes), config.num_attention_heads // config.num_key_value_heads
-        at = torch.arange(most + PIECE, device=self.positions.device)
-        behind = (most + at[:PIECE, None] - at).repeat_interleave(group, 0)
-        for window in set(config.windows):
-            self.biases[window] = causal_bias(behind, window, dtype)
+        self.biases: dict[int | None, Any] = {}
+        for window in () if self.one_kernel else set(config.windows):
+            self.biases[window] = []
+            for size, seen in zip(self.sizes, self.seen_sizes, strict=True):
+                bias = None  # SDPA's own causal mask, where that says the same
+                if not size == seen <= (window or seen):
+                    at = torch.arange(seen, device=self.positions.device)
+                    bias = causal_bias(at[seen - size :, None] - at, window, dtype)
+                self.biases[window].append(bias)
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
         """What the queries of a layer find, (T, H, E)."""
@@ -351,22 +350,15 @@ class Packed:
 
     @torch.compiler.disable  # the sizes change with every batch
     def one_by_one(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """The same without `varlen_attn`: of one sequence after another `PIECE` queries, with the
-        keys up to theirs (on a CPU SDPA computes all that its own causal mask then hides). The
-        query heads of a group (G) are further rows (R = T * G) for the key head that they share."""
-        group, bias, found = q.shape[1] // k.shape[1], self.biases[window], list[Tensor]()
-        q = q.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)  # (K, R, E)
-        both = (x.transpose(0, 1)[None].split(self.seen_sizes, 2) for x in (k, v))  # (1, K, S, E)
-        rows = q[None].split([size * group for size in self.sizes], 2)
-        for queries, keys, values in zip(rows, *both, strict=True):
-            end = keys.shape[2] - queries.shape[2] // group
-            for piece in queries.split(PIECE * group, 2):
-                first, end = bias.shape[1] - PIECE - end, end + piece.shape[2] // group
-                part = bias[: piece.shape[2], first : first + end]
-                part = part if part.is_cpu else part.clone()  # elsewhere its start must be aligned
-                seen: Any = (keys[:, :, :end], values[:, :, :end], part)
-                found.append(F.scaled_dot_product_attention(piece, *seen))
-        return torch.cat(found, 2)[0].unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
+        """The same without `varlen_attn`, a sequence at a time."""
+        if not q.is_cpu:  # no fused kernel there takes fp32 and grouped heads
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        wanted = ((q, self.sizes), (k, self.seen_sizes), (v, self.seen_sizes))
+        parts = (x.transpose(0, 1)[None].split(counts, 2) for x, counts in wanted)  # (1, H, T, E)
+        attend: Any = partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
+        both = zip(*parts, self.biases[window], strict=True)
+        found = [attend(*qkv, attn_mask=bias, is_causal=bias is None) for *qkv, bias in both]
+        return torch.cat(found, 2).squeeze(0).transpose(0, 1)
 
     def read(self, x_TD: Tensor, head: Any) -> Tensor:
         """The logits of the tokens, (T, V) float32, or of those at `places`."""

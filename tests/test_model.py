@@ -565,26 +565,23 @@ def test_a_block_compiles_whole_and_once_for_all_layers_and_batches(
     torch._dynamo.reset()
 
 
-def test_grouped_heads_become_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No fused kernel for CUDA takes fp32 and grouped heads; and no piece sees keys behind it."""
-    shapes: list[tuple[int, ...]] = []
+def test_where_a_gpu_has_no_kernel_the_heads_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fused kernel for CUDA takes fp32 and grouped heads (the meta device stands in for it)."""
+    heads: list[tuple[int, int, bool]] = []
     real = F.scaled_dot_product_attention
 
-    def spy(q: Any, k: Any, v: Any, bias: Any) -> torch.Tensor:
-        assert q.shape[1] == k.shape[1] == v.shape[1] and bias.shape == (q.shape[2], k.shape[2])
-        shapes.append((q.shape[2], k.shape[2]))
-        return real(q, k, v, bias)
+    def spy(q: Any, k: Any, v: Any, enable_gqa: bool = False, **more: Any) -> torch.Tensor:
+        heads.append((q.shape[1], k.shape[1], enable_gqa))
+        return real(q, k, v, enable_gqa=enable_gqa, **more)
 
-    config = Config.from_dict({**TINY, "model_type": "llama", "num_key_value_heads": 2})
-    ours = Transformer(config)
-    ours.init_weights(0)
-    tokens = torch.arange(18).view(2, 9)
-    whole = ours(tokens)
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr(lm, "PIECE", 4)
-    assert torch.allclose(ours(tokens), whole, atol=1e-5)
-    assert shapes[:6] == [(8, 4), (8, 8), (2, 9)] * 2  # two query heads for each key head
-    Transformer(config).to("meta")(tokens.to("meta"))
+    config = Config.from_dict({**TINY, "model_type": "llama", "num_key_value_heads": 2})
+    for device, want in (("cpu", (4, 2, True)), ("meta", (4, 4, False))):
+        with torch.device(device):
+            ours = Transformer(config)
+            ours(torch.zeros(2, 5, dtype=torch.int64))
+        assert set(heads) == {want}
+        heads.clear()
 
 
 def test_the_kernel_is_asked_for_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
