@@ -145,15 +145,9 @@ class Transformer(nn.Module):
                 values = torch.empty(parameter.shape).normal_(0, std, generator=generator)
                 parameter.data.copy_(values)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model["norm"].weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the weights."""
-        return self.model["norm"].weight.dtype
+    # Where the weights are, and their type.
+    device = property(lambda self: self.model["norm"].weight.device)
+    dtype = property(lambda self: self.model["norm"].weight.dtype)
 
     def forward(self, tokens: Tensor, layout: Packed | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, V) logits; with a layout, (T,) -> what its `read` gives."""
@@ -708,10 +702,7 @@ def _decode(
     cache = Cache(model, asked, pick, max(drafts.rates))
     answers: list[list[tuple[int, float]]] = [[] for _ in asked]
     rows, width, steps = [*range(len(asked))], 1, 1
-    recorded: tuple[Any, ...] = (
-        None,
-        None,
-    )  # the tensor that a step is fed with, and what replays it
+    fed, again = None, cache.step  # what the recorded step reads, and what replays it
 
     def left(row: int) -> int:  # the most tokens that a row may still make
         ended = answers[row] and answers[row][-1][0] in eos_ids
@@ -719,9 +710,9 @@ def _decode(
 
     while True:
         counts = [len(answers[row]) for row in rows if left(row)]
-        both = zip(rows, cache.made(min(counts), max(counts) + steps * width), strict=True)
-        for row, made in both:
-            for one in made[max(0, len(answers[row]) - min(counts)) :]:
+        low, high = min(counts), max(counts) + steps * width
+        for row, made in zip(rows, cache.made(low, high), strict=True):
+            for one in made[max(0, len(answers[row]) - low) :]:
                 if left(row):
                     answers[row].append(one)
         drafts.learn(width, sum(map(len, answers)))
@@ -738,12 +729,10 @@ def _decode(
             longest = max(len(asked[row][0]) + len(answers[row]) for row in rows)
             cache.width = longest + width - 1
         for _ in range(steps):
-            if not record:
-                cache.step()
-            elif recorded[0] is cache.fed_BW:
-                recorded[1]()
+            if fed is cache.fed_BW or not record:
+                again()
             else:
-                recorded = cache.fed_BW, record(cache.step)
+                fed, again = cache.fed_BW, record(cache.step)
 
 
 class Drafts:
@@ -780,13 +769,9 @@ class Drafts:
 def go_on(draft: list[int], made: list[int], before: int) -> int:
     """Where a draft goes on after the tokens made last: behind the place where the most of them
     stand, of several the nearest to the place `before`; at its end, where the last does not."""
-
-    def alike(end: int) -> int:
-        both = zip(reversed(draft[:end]), reversed(made), strict=False)
-        return next((i for i, (a, b) in enumerate(both) if a != b), min(end, len(made)))
-
     ends = [end for end, token in enumerate(draft, 1) if token == made[-1]]
-    return max(ends, key=lambda end: (alike(end), -abs(end - before)), default=len(draft))
+    alike = {end: common_prefix(draft[:end][::-1], made[::-1]) for end in ends}
+    return max(ends, key=lambda end: (alike[end], -abs(end - before)), default=len(draft))
 
 
 def record_graph(step: Callable[[], None]) -> Callable[[], None]:
@@ -815,16 +800,16 @@ def with_weights(config: Config, weights: dict[str, Tensor], rows: int = 0) -> T
     with torch.device("meta"):
         model = Transformer(config)
         for name, part in model.named_modules():
-            names = [f"{name}.{matrix}" for matrix in getattr(part, "matrices", ())]
-            for kind in ("weight", "bias") if names else ():
-                if f"{names[0]}.{kind}" in weights:
-                    found = [weights.pop(f"{matrix}.{kind}") for matrix in names]
-                    weights[f"{name}.fused.{kind}"] = torch.cat(found)
-            if names:
-                wide, narrow = weights[f"{name}.fused.weight"].shape
-                part.fused = Linear(narrow, wide, bias=f"{name}.fused.bias" in weights)
-                for matrix in part.matrices:
-                    delattr(part, matrix)
+            matrices, fused = getattr(part, "matrices", ()), f"{name}.fused"
+            for kind in ("weight", "bias"):
+                found: Any = [weights.pop(f"{name}.{m}.{kind}", None) for m in matrices]
+                if found and found[0] is not None:  # nor is this model made for decoding already
+                    weights[f"{fused}.{kind}"] = torch.cat(found)
+            if matrices:
+                wide, narrow = weights[f"{fused}.weight"].shape
+                part.fused = Linear(narrow, wide, bias=f"{fused}.bias" in weights)
+            for matrix in matrices:
+                delattr(part, matrix)
         head = model.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict(weights, assign=True)

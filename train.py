@@ -19,7 +19,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -308,7 +307,7 @@ class Learner:
             mine: list[Any] = rows[ranks.rank :: ranks.world]
             prompts, most, seeds = ([row[k] for row in mine] for k in range(3))
             new, logps = lm.generate(ready, prompts, most, seed=seeds, **how)
-            return ranks.join([*zip(new, map(math.fsum, logps), strict=True)])
+            return ranks.join([*zip(new, map(math.fsum, logps), strict=True)], rows)
 
         with self.clock("generate"), ranks.decoder(model) as ready:
             done = kept(c, ranks, asked, write, ranks.norm(model)) if keep else write(asked)
@@ -729,13 +728,16 @@ class Ranks:
         with torch.compiler.set_stance("force_eager"):
             yield model
 
-    def join(self, answers: list[Answer]) -> list[Answer]:
-        """All answers on every rank, which has every world-th."""
-        parts = [answers] * self.world
-        if self.world > 1:
-            dist.all_gather_object(parts, answers)
-        rows = itertools.chain(*itertools.zip_longest(*parts))
-        return [answer for answer in rows if answer is not None]
+    def join(self, answers: list[Answer], asked: Sequence[Request]) -> list[Answer]:
+        """All answers on every rank, which has every world-th: as a table of numbers, no pickle."""
+        if self.world == 1:
+            return answers
+        most = max((budget for _, budget, _ in asked), default=0)
+        table = torch.zeros(len(asked), 2 + most, dtype=torch.float64)
+        for row, (tokens, logp) in zip(table[self.rank :: self.world], answers, strict=True):
+            row[: 2 + len(tokens)] = torch.tensor([len(tokens), logp, *tokens], dtype=row.dtype)
+        rows = self.sum(table.to(self.device)).tolist()
+        return [([*map(int, row[2 : 2 + int(row[0])])], row[1]) for row in rows]
 
 
 # -------------------------------------------------------------------------------------- the flags
