@@ -193,29 +193,27 @@ class Learner:
 
     def begin_step(self, beta: float) -> None:
         """Sets the step's beta, its clocks, and its tokens sampled and seen by the reference."""
-        self.beta, self.marks = beta, [("", self.ranks.moment())]  # whose time begins, and when
+        self.beta, self.began, self.seconds = beta, time.perf_counter(), dict[str, float]()
         phases = ["generate", "reference"] if sapo.compares(self.config) else ["generate"]
         self.tokens = {f"tokens/{phase}": 0.0 for phase in phases}
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """The time within is of that name, but for the time of clocks within this one."""
-        outer = self.marks[-1][0]
-        self.marks.append((name, self.ranks.moment()))
+        """Adds the time within to `seconds[name]`, less that of clocks within this one. Few a step:
+        a GPU's queue runs empty at the end of each."""
+        began, before = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.marks.append((outer, self.ranks.moment()))
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        inner = sum(self.seconds.values()) - before
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began - inner
 
     def spent(self, pairs: Sequence[Pair]) -> Row:
         """The step's clocks and counts. `tokens_per_second` counts separate sequences."""
-        names, moments = zip(*self.marks, ("", self.ranks.moment()), strict=True)
-        at = self.ranks.seconds(moments)
         tokens = sum(len(x) * (1 + bool(z)) + len(y) + len(z) for x, y, z, _ in pairs)
         row = {"skipped": float(self.skipped)} | self.tokens
-        row["tokens_per_second"] = tokens / (at[-1] - at[0])
-        for name, begin, end in zip(names, at, at[1:], strict=False):
-            if name:
-                row[f"seconds/{name}"] = row.get(f"seconds/{name}", 0.0) + end - begin
-        return row
+        row["tokens_per_second"] = tokens / (time.perf_counter() - self.began)
+        return row | {f"seconds/{name}": value for name, value in self.seconds.items()}
 
     def shares(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Tensor, Tensor]]:
         """This rank's micro-batches: pairs, places, weights. It has every world-th pair by length,
@@ -665,19 +663,6 @@ class Ranks:
     def send(self, values: Sequence[Any]) -> Tensor:
         """Numbers as a tensor on the device, without a wait for what runs there."""
         return torch.tensor(values).to(self.device, non_blocking=True)
-
-    def moment(self) -> Any:
-        """Now: on CUDA when what has been asked for so far is done."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
-
-    def seconds(self, moments: Sequence[Any]) -> Sequence[float]:
-        """When the moments were, from any point on; waits for the last."""
-        if self.device.type != "cuda":
-            return moments
-        moments[-1].synchronize()
-        return [moments[0].elapsed_time(moment) / 1000 for moment in moments]
 
     def whole(self, value: Tensor) -> Tensor:
         """The whole of a sharded tensor, on every rank (collective)."""
