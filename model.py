@@ -283,7 +283,7 @@ def frequencies(config: Config, device: torch.device) -> Tensor:
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turns channel i together with channel i + E/2, as Hugging Face's weights expect."""
     cos, sin = rotation
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 # ----------------------------------------------------------------------------------- the layouts
