@@ -43,37 +43,15 @@ from data import Cut, Example, Messages, Pair, Target, TargetServer, Tokenizer, 
 from model import InputError, Positive, Weight, hash_seed
 from sapo import Answer, Run, batch_indices, describe, ended, request
 
-IMPROVER = """A request and a first answer to it are below. Rewrite the answer so that it is \
+_REQUEST = "\n\n<request>\n{prompt}\n</request>\n\n"
+_ANSWER = "<answer>\n{answer}\n</answer>\n\nWrite the improved answer alone."
+IMPROVER = f"""A request and a first answer to it are below. Rewrite the answer so that it is \
 better: correct what is wrong, add what is missing, keep to what was asked, and be specific where \
-it is vague.
-
-<request>
-{prompt}
-</request>
-
-<answer>
-{answer}
-</answer>
-
-Write the improved answer alone."""
-
-TARGET = """A small language model answered a request. Improve its answer a little: mend what is \
+it is vague.{_REQUEST}{_ANSWER}"""
+TARGET = f"""A small language model answered a request. Improve its answer a little: mend what is \
 wrong, unclear or missing, in the answer's own style and at about its length, so that the model \
-could have written the result itself. Use the reference to tell what is right; do not copy it.
-
-<request>
-{prompt}
-</request>
-
-<reference>
-{gold}
-</reference>
-
-<answer>
-{answer}
-</answer>
-
-Write the improved answer alone."""
+could have written the result itself. Use the reference to tell what is right; do not copy it.\
+{_REQUEST}<reference>\n{{gold}}\n</reference>\n\n{_ANSWER}"""
 
 Ask = tuple[Example, Pair]  # a prompt, and its gold response or an empty one: as text, as tokens
 
@@ -107,10 +85,8 @@ class SGPO(sapo.Source):
         order = batch_indices(0, count, len(self.rows), hash_seed(c.seed, "round", number))
         asks = [self.rows[i] for i in order]
         answers = self.write([row.prompt for _, row in asks], "answer", number)
-        frames = [
-            frame(example.messages, tokenizer.response_text(answer), tokenizer, c)
-            for (example, _), (answer, _) in zip(asks, answers, strict=True)
-        ]
+        texts = [tokenizer.response_text(answer) for answer, _ in answers]
+        frames = [frame(ask[0].messages, texts[i], tokenizer, c) for i, ask in enumerate(asks)]
         fits = [i for i in range(count) if len(frames[i]) < c.max_length]
         better = self.write([frames[i] for i in fits], "better", number, c.improve_temperature)
         made = []
@@ -126,8 +102,8 @@ class SGPO(sapo.Source):
         self.metrics |= {f"improve/{why}": found / count for why, found in flaws.items()}
         for example, pair in made:
             chosen, rejected = map(tokenizer.response_text, pair[1:3])
-            texts = {"prompt": as_prompt(example.messages), "chosen": chosen, "rejected": rejected}
-            self.made.append({"round": number} | texts)
+            said = {"prompt": as_prompt(example.messages), "chosen": chosen, "rejected": rejected}
+            self.made.append({"round": number} | said)
 
     def choose(self, made: list[Ask]) -> tuple[list[Ask], dict[str, int]]:
         """The pairs worth learning from, and how many had each flaw, kept or not."""
@@ -257,8 +233,7 @@ def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
     empty = [frame(example.messages, "", tokenizer, c) for example, _ in asks]
     kept = [ask for ask, ids in zip(asks, empty, strict=True) if len(ids) < c.max_length - 1]
     if not kept:
-        told = f"none of the {len(asks)} prompts fits into --max-length {c.max_length}"
-        raise InputError(f"{told} with --improver-instruction around it")
+        raise InputError(f"no prompt in --improver-instruction fits --max-length {c.max_length}")
     return kept
 
 
