@@ -270,10 +270,6 @@ def _short(value: Any, size: int = 60) -> str:
 # ----------------------------------------------------------------------- a stronger model's answers
 
 
-class Again(Exception):
-    """A request failed in a way that may pass: why, and the seconds to wait, or None."""
-
-
 class TargetServer:
     """Asks a model on an OpenAI-compatible server, several questions at a time; again, after what
     Retry-After says, or 1, 2, 4, ... 64 `PAUSE`s, on 408, 429, 5xx, time-outs, dropped connections
@@ -316,49 +312,47 @@ class TargetServer:
             raise failure
 
     def ask(self, messages: Messages) -> tuple[str | None, str]:
-        """One answer, or None and why."""
+        """One answer, or None and why. Raises InputError where to ask on is no use."""
         body = json.dumps({"model": self.model, "messages": list(messages)}).encode()
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         why, wait = "", 0.0
         for attempt in range(self.TRIES):
             if self.stopping.wait(wait):
                 return None, "stopped"
+            wait = self.PAUSE * 2 ** min(attempt, 6) * random.uniform(0.5, 1.5)
+            request = Request(f"{self.url}/chat/completions", body, headers)
             try:
-                return self.post(body)
-            except Again as error:
-                why, wait = error.args
-            if wait is None:
-                wait = self.PAUSE * 2 ** min(attempt, 6) * random.uniform(0.5, 1.5)
+                with self.opener.open(request, timeout=self.TIMEOUT) as reply:
+                    status, after = reply.status, (reply.headers["Retry-After"] or "").strip()
+                    said: bytes = reply.read(self.LONGEST)  # what is cut there is no JSON
+                if status < 300:
+                    return _completion(said)
+            except (OSError, ValueError, http.client.HTTPException) as error:  # URLError: OSError
+                why = str(error).replace(self.key or "\0", "***")
+                continue
+            why = f"HTTP {status}"
+            if status in (408, 429) or status >= 500:
+                wait = min(86400.0, float(after)) if after.isdecimal() else wait
+                continue
+            words = said.decode("utf-8", "replace").replace(self.key or "\0", "***")[:300]
+            self.stopping.set()  # nothing else is asked, while others' answers are read
+            told = f"{why}: {words}; are OPENAI_API_KEY and --target-model right?"
+            raise InputError(f"{self.url}: {told}")
         raise InputError(f"{self.url}: gave up after {self.TRIES} tries ({why}); --resume goes on")
 
-    def post(self, body: bytes) -> tuple[str | None, str]:
-        """The text in the reply, or None and why. Raises Again, or InputError."""
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        try:
-            request = Request(f"{self.url}/chat/completions", body, headers)
-            with self.opener.open(request, timeout=self.TIMEOUT) as reply:
-                status, after = reply.status, (reply.headers["Retry-After"] or "").strip()
-                said: bytes = reply.read(self.LONGEST + 1)
-        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
-            raise Again(str(error).replace(self.key or "\0", "***"), None) from None
-        if status in (408, 429) or status >= 500:
-            raise Again(f"HTTP {status}", min(86400.0, float(after)) if after.isdecimal() else None)
-        if status >= 300:
-            words = said.decode("utf-8", "replace").replace(self.key or "\0", "***")[:300]
-            told = f"HTTP {status}: {words}; are OPENAI_API_KEY and --target-model right?"
-            self.stopping.set()  # nothing else is asked, while others' answers are read
-            raise InputError(f"{self.url}: {told}")
-        if len(said) > self.LONGEST:
-            raise Again(f"a reply of more than {self.LONGEST} bytes", None)
-        try:
-            choice = json.loads(said)["choices"][0]
-            message, reason = choice["message"], choice.get("finish_reason")
-            text = whole_text(message.get("content") or "").strip()
-            refused = message.get("refusal") or reason == "content_filter"
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            raise Again("the reply is no chat completion", None) from None
-        why = "refused" if refused else "cut" if reason == "length" else "" if text else "empty"
-        return None if why else text, why
+
+def _completion(said: bytes) -> tuple[str | None, str]:
+    """The text in a reply, or None and why. Raises ValueError for what is no chat completion."""
+    try:
+        choice = json.loads(said)["choices"][0]
+        message, reason = choice["message"], choice.get("finish_reason")
+        text = whole_text(message.get("content") or "").strip()
+        refused = message.get("refusal") or reason == "content_filter"
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise ValueError("the reply is no chat completion") from None
+    why = "refused" if refused else "cut" if reason == "length" else "" if text else "empty"
+    return None if why else text, why
 
 
 # -------------------------------------------------------------------- tokenizers and chat templates
