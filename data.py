@@ -99,8 +99,7 @@ def encode_examples(
         kept.append(example)
         pairs.append(Pair(prompt, chosen[:room], rejected[:room]))
     if not pairs:
-        told = f"rows is left: their prompts have {max_prompt_length} tokens or more"
-        raise InputError(f"none of the {len(examples)} {told}; raise --max-prompt-length")
+        raise InputError(f"none of the {len(examples)} rows is left; raise --max-prompt-length")
     return kept, pairs, counts
 
 
@@ -206,14 +205,13 @@ def _example(where: str, row: Any, rejected: bool | None, prompts: bool) -> Exam
     if key is None:
         raise InputError(f"{where}: no {', '.join(map(repr, RESPONSE_KEYS))} in the row")
     messages, response = _side(row, key, prompt, where)
-    other = next((k for k in REJECTED_KEYS if row.get(k) is not None), None)
-    if rejected is False or (rejected is None and other is None):
-        return Example(tuple(messages), response, None, where)
-    if other is None:
+    other, answer = next((k for k in REJECTED_KEYS if row.get(k) is not None), None), None
+    if rejected is not False and other is not None:
+        context, answer = _side(row, other, messages, where)
+        if context != messages:
+            raise InputError(f"{where}: {key!r} and {other!r} answer different prompts")
+    elif rejected:
         raise InputError(f"{where}: this method compares, and the row has no 'rejected'")
-    context, answer = _side(row, other, messages, where)
-    if context != messages:
-        raise InputError(f"{where}: {key!r} and {other!r} answer different prompts")
     return Example(tuple(messages), response, answer, where)
 
 
@@ -252,8 +250,7 @@ def _turns(value: Any, key: str, role: str, where: str) -> Turns:
             right = f"an object with 'role' ({', '.join(ROLES)}) and 'content' (text)"
             raise InputError(f"{where}: {key!r}, turn {i} should be {right}, not {_short(turn)}")
         if who != "system" and not text.strip():
-            told = f"the {who}'s text is empty; fill it, or leave out the row"
-            raise InputError(f"{where}: {key!r}, turn {i}: {told}")
+            raise InputError(f"{where}: {key!r}, turn {i}: the {who}'s text is empty; fill it")
     return [{"role": turn["role"], "content": whole_text(turn["content"])} for turn in turns]
 
 
@@ -440,8 +437,7 @@ class Tokenizer:
         """The text of a conversation. A template is a foreign program: all it raises is caught."""
         if self._template is None:
             raise InputError("the checkpoint has no chat template; pass --chat-template " + _NAMES)
-        given: dict[str, Any] = {"messages": [dict(turn) for turn in messages], "tools": None}
-        given |= {"documents": None, "strftime_now": self.date.strftime} | self.specials
+        given = {"messages": [dict(turn) for turn in messages]}
         try:
             return self._template.render(given, add_generation_prompt=add_generation_prompt)
         except Exception as error:
@@ -503,7 +499,8 @@ class Tokenizer:
         if not isinstance(source, str | None):
             raise InputError(f"{folder}/tokenizer_config.json: chat_template is not text")
         try:
-            return None if source is None else JINJA.from_string(source)
+            given = {"strftime_now": self.date.strftime} | self.specials
+            return None if source is None else JINJA.from_string(source, globals=given)
         except (TemplateError, RecursionError) as error:
             raise InputError(f"{self.template_name} is no jinja template: {error}") from None
 
@@ -536,7 +533,7 @@ def _refuse(message: str) -> None:
 
 JINJA = ImmutableSandboxedEnvironment(extensions=[loopcontrols])  # as transformers has it
 JINJA.trim_blocks = JINJA.lstrip_blocks = True
-JINJA.globals["raise_exception"] = _refuse
+JINJA.globals |= {"raise_exception": _refuse, "tools": None, "documents": None}
 JINJA.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_ascii": False} | how)
 
 
@@ -687,10 +684,8 @@ def _byte_level(path: Path) -> BytePairs:
 
 
 def _unknown(path: Path, key: str, value: Any) -> InputError:
-    return InputError(
-        f"{path}: {key} {_short(value, 200)} is not implemented; this reads byte-level BPE as in "
-        "Llama 3, Qwen2.5, SmolLM2 (for SentencePiece, add the checkpoint's tokenizer.model)"
-    )
+    read = "byte-level BPE as in Llama 3, Qwen2.5, SmolLM2 is, and SentencePiece's tokenizer.model"
+    return InputError(f"{path}: {key} {_short(value, 200)} is not implemented; {read}")
 
 
 def _pattern(pre: Any, path: Path) -> str:
