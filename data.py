@@ -97,8 +97,7 @@ def encode_examples(
         kept.append(example)
         pairs.append(Pair(prompt, chosen[:room], rejected[:room]))
     if not pairs:
-        told = f"rows is left: their prompts have {max_prompt_length} tokens or more"
-        raise InputError(f"none of the {len(examples)} {told}; raise --max-prompt-length")
+        raise InputError(f"none of the {len(examples)} rows is left; raise --max-prompt-length")
     return kept, pairs, counts
 
 
@@ -203,14 +202,13 @@ def _example(where: str, row: Any, rejected: bool | None, prompts: bool) -> Exam
     if key is None:
         raise InputError(f"{where}: no {', '.join(map(repr, RESPONSE_KEYS))} in the row")
     messages, response = _side(row, key, prompt, where)
-    other = next((k for k in REJECTED_KEYS if row.get(k) is not None), None)
-    if rejected is False or (rejected is None and other is None):
-        return Example(tuple(messages), response, None, where)
-    if other is None:
+    other, answer = next((k for k in REJECTED_KEYS if row.get(k) is not None), None), None
+    if rejected is not False and other is not None:
+        context, answer = _side(row, other, messages, where)
+        if context != messages:
+            raise InputError(f"{where}: {key!r} and {other!r} answer different prompts")
+    elif rejected:
         raise InputError(f"{where}: this method compares, and the row has no 'rejected'")
-    context, answer = _side(row, other, messages, where)
-    if context != messages:
-        raise InputError(f"{where}: {key!r} and {other!r} answer different prompts")
     return Example(tuple(messages), response, answer, where)
 
 
@@ -249,8 +247,7 @@ def _turns(value: Any, key: str, role: str, where: str) -> Turns:
             right = f"an object with 'role' ({', '.join(ROLES)}) and 'content' (text)"
             raise InputError(f"{where}: {key!r}, turn {i} should be {right}, not {_short(turn)}")
         if who != "system" and not text.strip():
-            told = f"the {who}'s text is empty; fill it, or leave out the row"
-            raise InputError(f"{where}: {key!r}, turn {i}: {told}")
+            raise InputError(f"{where}: {key!r}, turn {i}: the {who}'s text is empty; fill it")
     return [{"role": turn["role"], "content": whole_text(turn["content"])} for turn in turns]
 
 
@@ -265,10 +262,6 @@ def _short(value: Any, size: int = 60) -> str:
 
 
 # ----------------------------------------------------------------------- a stronger model's answers
-class Again(Exception):
-    """A request failed in a way that may pass: why, and the seconds to wait, or None."""
-
-
 class TargetServer:
     """Asks a model on an OpenAI-compatible server, several questions at a time; again (Retry-After,
     or 1, 2, 4, ... 64 `PAUSE`s) on 408, 429, 5xx, time-outs, lost connections and odd replies."""
@@ -310,49 +303,47 @@ class TargetServer:
             raise failure
 
     def ask(self, messages: Messages) -> tuple[str | None, str]:
-        """One answer, or None and why."""
+        """One answer, or None and why. Raises InputError where to ask on is no use."""
         body = json.dumps({"model": self.model, "messages": list(messages)}).encode()
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         why, wait = "", 0.0
         for attempt in range(self.TRIES):
             if self.stopping.wait(wait):
                 return None, "stopped"
+            wait = self.PAUSE * 2 ** min(attempt, 6) * random.uniform(0.5, 1.5)
+            request = Request(f"{self.url}/chat/completions", body, headers)
             try:
-                return self.post(body)
-            except Again as error:
-                why, wait = error.args
-            if wait is None:
-                wait = self.PAUSE * 2 ** min(attempt, 6) * random.uniform(0.5, 1.5)
+                with self.opener.open(request, timeout=self.TIMEOUT) as reply:
+                    status, after = reply.status, (reply.headers["Retry-After"] or "").strip()
+                    said: bytes = reply.read(self.LONGEST)  # what is cut there is no JSON
+                if status < 300:
+                    return _completion(said)
+            except (OSError, ValueError, http.client.HTTPException) as error:  # URLError: OSError
+                why = str(error).replace(self.key or "\0", "***")
+                continue
+            why = f"HTTP {status}"
+            if status in (408, 429) or status >= 500:
+                wait = min(86400.0, float(after)) if after.isdecimal() else wait
+                continue
+            words = said.decode("utf-8", "replace").replace(self.key or "\0", "***")[:300]
+            self.stopping.set()  # nothing else is asked, while others' answers are read
+            told = f"{why}: {words}; are OPENAI_API_KEY and --target-model right?"
+            raise InputError(f"{self.url}: {told}")
         raise InputError(f"{self.url}: gave up after {self.TRIES} tries ({why}); --resume goes on")
 
-    def post(self, body: bytes) -> tuple[str | None, str]:
-        """The text in the reply, or None and why. Raises Again, or InputError."""
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        try:
-            request = Request(f"{self.url}/chat/completions", body, headers)
-            with self.opener.open(request, timeout=self.TIMEOUT) as reply:
-                status, after = reply.status, (reply.headers["Retry-After"] or "").strip()
-                said: bytes = reply.read(self.LONGEST + 1)
-        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
-            raise Again(str(error).replace(self.key or "\0", "***"), None) from None
-        if status in (408, 429) or status >= 500:
-            raise Again(f"HTTP {status}", min(86400.0, float(after)) if after.isdecimal() else None)
-        if status >= 300:
-            words = said.decode("utf-8", "replace").replace(self.key or "\0", "***")[:300]
-            told = f"HTTP {status}: {words}; are OPENAI_API_KEY and --target-model right?"
-            self.stopping.set()  # nothing else is asked, while others' answers are read
-            raise InputError(f"{self.url}: {told}")
-        if len(said) > self.LONGEST:
-            raise Again(f"a reply of more than {self.LONGEST} bytes", None)
-        try:
-            choice = json.loads(said)["choices"][0]
-            message, reason = choice["message"], choice.get("finish_reason")
-            text = whole_text(message.get("content") or "").strip()
-            refused = message.get("refusal") or reason == "content_filter"
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            raise Again("the reply is no chat completion", None) from None
-        why = "refused" if refused else "cut" if reason == "length" else "" if text else "empty"
-        return None if why else text, why
+
+def _completion(said: bytes) -> tuple[str | None, str]:
+    """The text in a reply, or None and why. Raises ValueError for what is no chat completion."""
+    try:
+        choice = json.loads(said)["choices"][0]
+        message, reason = choice["message"], choice.get("finish_reason")
+        text = whole_text(message.get("content") or "").strip()
+        refused = message.get("refusal") or reason == "content_filter"
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise ValueError("the reply is no chat completion") from None
+    why = "refused" if refused else "cut" if reason == "length" else "" if text else "empty"
+    return None if why else text, why
 
 
 # -------------------------------------------------------------------- tokenizers and chat templates
@@ -438,8 +429,7 @@ class Tokenizer:
         """The text of a conversation. A template is a foreign program: all it raises is caught."""
         if self._template is None:
             raise InputError("the checkpoint has no chat template; pass --chat-template " + _NAMES)
-        given: dict[str, Any] = {"messages": [dict(turn) for turn in messages], "tools": None}
-        given |= {"documents": None, "strftime_now": self.date.strftime} | self.specials
+        given = {"messages": [dict(turn) for turn in messages]}
         try:
             return self._template.render(given, add_generation_prompt=add_generation_prompt)
         except Exception as error:
@@ -501,7 +491,8 @@ class Tokenizer:
         if not isinstance(source, str | None):
             raise InputError(f"{folder}/tokenizer_config.json: chat_template is not text")
         try:
-            return None if source is None else JINJA.from_string(source)
+            given = {"strftime_now": self.date.strftime} | self.specials
+            return None if source is None else JINJA.from_string(source, globals=given)
         except (TemplateError, RecursionError) as error:
             raise InputError(f"{self.template_name} is no jinja template: {error}") from None
 
@@ -534,7 +525,7 @@ def _refuse(message: str) -> None:
 
 JINJA = ImmutableSandboxedEnvironment(extensions=[loopcontrols])  # as transformers has it
 JINJA.trim_blocks = JINJA.lstrip_blocks = True
-JINJA.globals["raise_exception"] = _refuse
+JINJA.globals |= {"raise_exception": _refuse, "tools": None, "documents": None}
 JINJA.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_ascii": False} | how)
 
 
@@ -681,10 +672,8 @@ def _byte_level(path: Path) -> BytePairs:
 
 
 def _unknown(path: Path, key: str, value: Any) -> InputError:
-    return InputError(
-        f"{path}: {key} {_short(value, 200)} is not implemented; this reads byte-level BPE as in "
-        "Llama 3, Qwen2.5, SmolLM2 (for SentencePiece, add the checkpoint's tokenizer.model)"
-    )
+    read = "byte-level BPE as in Llama 3, Qwen2.5, SmolLM2 is, and SentencePiece's tokenizer.model"
+    return InputError(f"{path}: {key} {_short(value, 200)} is not implemented; {read}")
 
 
 def _pattern(pre: Any, path: Path) -> str:
