@@ -26,6 +26,7 @@ import inspect
 import json
 import math
 import time
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -1010,7 +1011,7 @@ def find_weights(parameters: Mapping[str, Tensor], path: str | Path) -> Tensors:
         if names:
             raise InputError(f"{path}: {len(names)} weights {what}, such as {min(names)}")
     for name, parameter in parameters.items():
-        (file, dtype, shape), want = tensors.found[name], [*parameter.shape]
+        (file, dtype, shape), want = tensors.data[name], [*parameter.shape]
         if shape != want or dtype not in ("F32", "F16", "BF16"):
             raise InputError(f"{file}: {name} is {dtype} {shape}, not F32, F16 or BF16 {want}")
     if head in tensors.keys() - parameters and not torch.equal(tensors[head], tensors[embedding]):
@@ -1018,7 +1019,7 @@ def find_weights(parameters: Mapping[str, Tensor], path: str | Path) -> Tensors:
     return tensors
 
 
-class Tensors(Mapping[str, Tensor]):
+class Tensors(UserDict[str, Any]):
     """A folder's tensors by name, of model.safetensors or of the shards that its index names. All
     headers are read at once, which finds truncated and garbled files; a tensor, when asked for."""
 
@@ -1030,25 +1031,19 @@ class Tensors(Mapping[str, Tensor]):
             shards = {SINGLE} if single.is_file() else {*read_json(index)["weight_map"].values()}
             if any(shard != Path(shard).name for shard in shards):
                 raise ValueError("weight_map must map tensor names to files beside it")
-        self.found: dict[str, tuple[Path, str, list[int]]] = {}  # where each is, its type and shape
+        self.data = {}  # where each is, its type and its shape
         for path in [Path(folder) / shard for shard in sorted(shards)]:
             with reading(path), safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if name in self.found:
+                    if name in self.data:
                         raise InputError(f"{folder}: {name} is in {path.name} and in another file")
                     part = file.get_slice(name)
-                    self.found[name] = path, part.get_dtype(), part.get_shape()
+                    self.data[name] = path, part.get_dtype(), part.get_shape()
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self.found[name][0]
+        path = self.data[name][0]
         with reading(path), safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.found)
-
-    def __len__(self) -> int:
-        return len(self.found)
 
 
 def write_config(path: str | Path, config: Config, dtype: torch.dtype) -> None:
