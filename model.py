@@ -44,7 +44,6 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------- what all files share
-
 # Values of flags, and of a config.json: what type, from where to where.
 Count = Annotated[int, 1, 10**9]
 Whole = Annotated[int, 0, 10**9]
@@ -93,8 +92,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------- the model
-
-
 class Transformer(nn.Module):
     """A decoder-only language model. `compute_dtype` is the type of activations, by default that of
     the weights: with fp32 weights and bf16 here, each matrix is rounded as it is used, and its
@@ -288,7 +285,6 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------- the layouts
-
 # Torch 2.13 asks to be told of grouped heads, and 2.11, which has no word for it, sees them itself;
 # nor can 2.11 be told how many of the stored keys are there.
 WORDS = inspect.signature(varlen_attn).parameters
@@ -552,7 +548,6 @@ class Cache(Packed):
 
 
 # ------------------------------------------------------------------------------ log-probabilities
-
 # How many logits exist at a time (64 MiB in float32 on a CPU, whose caches are small, 512 MiB on a
 # GPU, whose matrix units starve on few rows), and how many exponentials wait for a backward pass.
 LOGITS = {"cpu": 2**24, "cuda": 2**27}
@@ -637,7 +632,6 @@ def float_logits(x_MD: Tensor, head_VD: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------- generation
-
 PREFILL = 2**14  # the most prompt tokens of one pass, where a prompt is not longer
 AHEAD = 8  # tokens that a recorded row makes before anyone looks at them
 WIDTHS = (8, 1)  # tokens a row and step, where there are drafts; without them the last
@@ -860,7 +854,6 @@ def sample_tokens(
 
 
 # ------------------------------------------------------------------------------------ the config
-
 SLIDING, FULL = "sliding_attention", "full_attention"
 FAMILIES: dict[str, dict[str, Any]] = {  # what a config.json of the family may leave out
     "llama": {"attention_bias": False, "mlp_bias": False},
@@ -981,7 +974,6 @@ def _windows(known: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
 
 
 # ------------------------------------------------------------------------- reading and writing
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
