@@ -95,8 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class Transformer(nn.Module):
     """A decoder-only language model. `compute_dtype` is the type of activations, by default that of
     the weights: with fp32 weights and bf16 here, each matrix is rounded as it is used, and its
-    gradient arrives in fp32. With `checkpointing` a backward pass computes each block again, in
-    place of keeping its activations."""
+    gradient arrives in fp32. With `checkpointing` a backward pass computes each block again."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -638,19 +637,11 @@ WIDTHS = (8, 1)  # tokens a row and step, where there are drafts; without them t
 
 
 def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int | Sequence[int],
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_ids: Sequence[int] = (),
-    seed: int | Sequence[int] = 0,
-    return_logprobs: bool = False,
-    batch_size: int = 64,
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int | Sequence[int], *,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, eos_ids: Sequence[int] = (),
+    seed: int | Sequence[int] = 0, return_logprobs: bool = False, batch_size: int = 64,
     drafts: Sequence[list[int]] | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """Samples a continuation of each prompt, none empty: lists of new token ids, EOS included.
 
     `max_new_tokens` and `seed` are for all rows (a seed is hashed with the row's index), or one per
@@ -658,8 +649,7 @@ def generate(
     the logits, 0 being greedy; then top_k (0: off) and then top_p filter them. `return_logprobs`:
     gives (tokens, log-probs of these under the model as it is, before temperature and filters).
     `batch_size` rows are decoded together; they are sorted, so that like lengths meet. `drafts`: a
-    guess at each row's tokens, or []; it changes none of them, but where it is right they come
-    several a step."""
+    guess a row, or []; it changes no token, but where it is right several come in one step."""
     count = len(prompts)
     budgets = [max_new_tokens] * count if isinstance(max_new_tokens, int) else [*max_new_tokens]
     seeds = [hash_seed(seed, i) for i in range(count)] if isinstance(seed, int) else [*seed]
@@ -1046,12 +1036,10 @@ def write_config(path: str | Path, config: Config, dtype: torch.dtype) -> None:
 
 
 def write_weights(
-    path: str | Path,
-    tensors: Mapping[str, Tensor],
+    path: str | Path, tensors: Mapping[str, Tensor],
     fetch: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().cpu(),
-    write: bool = True,
-    shard_bytes: int = 5 * 10**9,
-) -> None:
+    write: bool = True, shard_bytes: int = 5 * 10**9,
+) -> None:  # fmt: skip
     """Writes tensors as model.safetensors, or where they exceed one as shards, with an index.
     `fetch` gives a tensor as it is to be written, for no more than a shard at a time. It may be
     collective: all ranks call this, and `write` is true on one of them."""
