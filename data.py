@@ -334,8 +334,7 @@ class TargetServer:
                 continue
             words = said.decode("utf-8", "replace").replace(self.key or "\0", "***")[:300]
             self.stopping.set()  # nothing else is asked, while others' answers are read
-            told = f"{why}: {words}; are OPENAI_API_KEY and --target-model right?"
-            raise InputError(f"{self.url}: {told}")
+            raise InputError(f"{self.url}: {why}: {words}; wrong OPENAI_API_KEY or --target-model?")
         raise InputError(f"{self.url}: gave up after {self.TRIES} tries ({why}); --resume goes on")
 
 
@@ -441,9 +440,8 @@ class Tokenizer:
         try:
             return self._template.render(given, add_generation_prompt=add_generation_prompt)
         except Exception as error:
-            detail = f"{type(error).__name__}: {_short(str(error), 200)}"
-            told = f"fails on this conversation ({detail}); mend one of them, or pass"
-            raise InputError(f"{self.template_name} {told} --chat-template {_NAMES}") from None
+            told = f"fails on this conversation ({type(error).__name__}: {_short(str(error), 200)})"
+            raise InputError(f"{self.template_name} {told}; try --chat-template {_NAMES}") from None
 
     def response_text(self, ids: list[int]) -> str:
         """A response as text, without the EOS at its end, if it has one."""
@@ -479,8 +477,7 @@ class Tokenizer:
         flags = ("lstrip", "rstrip", "single_word", "normalized")[: 4 if self.codec.nfc else 3]
         for text, flag in product(tokens, flags):
             if tokens[text].get(flag):  # no supported family has one
-                told = f"the added token {_short(text)} has {flag}, which is not implemented"
-                raise InputError(f"{folder}: {told}; set it to false")
+                raise InputError(f"{folder}: token {_short(text)} has {flag}, not implemented")
         added = {text: vocab[text] for text in self.specials.values() if text in vocab}
         return added | {text: int(token["id"]) for text, token in tokens.items()}
 
@@ -715,18 +712,15 @@ def _token_order(
     made = {"".join(pair) for pair in ranks}
     if not made <= vocab.keys():
         raise InputError(f"{path}: a merge makes {_short(min(made - vocab.keys()))}, not a token")
-    reached, rest = dict[int, str](), list[str]()
+    order = {char: -1 for char in ALPHABET if char in vocab}
     for token in vocab if whole else made:
         if len(token) > 1 and ALPHABET.keys() >= set(token):
             halves = _halves(token, ranks)
-            if halves in ranks:
-                reached[ranks[halves]] = token
-            elif whole and len(halves) == 2:
+            if whole and len(halves) == 2 and halves not in ranks:
                 raise InputError(f"{path}: no merge makes the token {_short(token)}; list it")
-            elif whole:
-                rest.append(token)
-    singles = [char for char in ALPHABET if char in vocab]
-    return singles + [reached[rank] for rank in sorted(reached)] + rest
+            if whole or halves in ranks:
+                order[token] = ranks.get(halves, len(ranks))
+    return sorted(order, key=order.__getitem__)
 
 
 def _halves(token: str, ranks: dict[tuple[str, ...], int]) -> tuple[str, ...]:

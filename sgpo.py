@@ -208,10 +208,9 @@ def improvements(
 def improver_prompt(
     messages: Messages, answer: str, instruction: str = IMPROVER, gold: str = ""
 ) -> Turns:
-    """The chat messages that ask the model to improve its own answer to `messages`, the last of
-    which is the user's. It gives way to `instruction`, in which its text stands for {prompt} and
-    the answer for {answer}; earlier turns stay as they are. With TARGET as the instruction they ask
-    the stronger model, which is also told the gold response."""
+    """The chat messages that ask the model to improve its `answer` to `messages`, the last of which
+    is the user's. It gives way to `instruction`, in which its text stands for {prompt}; earlier
+    turns stay. With TARGET they ask the stronger model, which is also told the gold response."""
     texts = {"prompt": messages[-1]["content"], "gold": gold, "answer": answer}
     # All at once: braces in what is filled in stay as they are.
     last = re.sub(r"\{(\w+)\}", lambda found: texts.get(found[1], found[0]), instruction)
