@@ -404,9 +404,8 @@ class Tokenizer:
         self.added = self._find_added(folder, config)
         longest_first = sorted(filter(None, map(re.escape, self.added)), key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(longest_first) or '(?!)'})").split
-        self.table = self.codec.table  # what ids stand for, as bytes
-        self.table |= {i: self.codec.to_bytes(text) for text, i in self.added.items()}
-        self.vocab_size = max(self.table) + 1
+        self.codec.table |= {i: self.codec.to_bytes(text) for text, i in self.added.items()}
+        self.vocab_size = max(self.codec.table) + 1
         self._template: Template | None = self._find_template(folder, config, chat_template)
         self.eos_ids, self._template_ends = self._find_eos(folder)
 
@@ -426,7 +425,7 @@ class Tokenizer:
         id without a token (the padding of an embedding has such) is empty, as in transformers."""
         if min(ids, default=0) < 0:
             raise InputError(f"token id {min(ids)} is negative")
-        return self.codec.decode([int(i) for i in ids if int(i) in self.table])
+        return self.codec.decode([int(i) for i in ids if int(i) in self.codec.table])
 
     def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = False) -> Ids:
         """Token ids of the rendered conversation. Raises InputError where the template refuses."""
@@ -462,10 +461,9 @@ class Tokenizer:
 
     def digest(self) -> str:
         """Hex of all that decides the ids: the files, with the template, and what ends a turn."""
-        whole = hashlib.sha256(repr(self.eos_ids).encode())  # config.json may name some
-        for name, content in sorted(self.files.items()):
-            whole.update(f"{name}: {len(content)} bytes\n".encode() + content)
-        return whole.hexdigest()
+        files = (f"{name}: {len(x)} bytes\n".encode() + x for name, x in sorted(self.files.items()))
+        ends = repr(self.eos_ids).encode()  # config.json may name some
+        return hashlib.sha256(ends + b"".join(files)).hexdigest()
 
     def _find_added(self, folder: Path, config: dict[str, Any]) -> dict[str, int]:
         """Ids by text of what is looked for before anything else is done with a text: what the

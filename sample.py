@@ -210,13 +210,11 @@ def task_accuracy(
     """Exact match on held-out prompts of the built-in tasks: shares for seen and unseen kinds."""
     examples = data.task_examples(split, 512, seed)
     prompts = [tokenizer.apply_chat_template(list(e.messages), True) for e in examples]
-    eos_ids = tokenizer.eos_ids
-    answers = generate(
-        model, prompts, 48, temperature=temperature, eos_ids=eos_ids, seed=seed, batch_size=512
-    )
+    how: dict[str, Any] = {"temperature": temperature, "seed": seed, "batch_size": 512}
+    answers = generate(model, prompts, 48, eos_ids=tokenizer.eos_ids, **how)
     right: dict[str, list[bool]] = {"seen": [], "unseen": []}
     for example, tokens in zip(examples, answers, strict=True):
-        prompt, ended = example.messages[-1]["content"], tokens[-1] in eos_ids
+        prompt, ended = example.messages[-1]["content"], tokens[-1] in tokenizer.eos_ids
         good = ended and data.check_answer(prompt, tokenizer.decode(tokens[:-1]))
         right["seen" if data.task_kind(prompt) in data.SEEN else "unseen"].append(good)
     return {kind: sum(marks) / len(marks) for kind, marks in right.items()}
