@@ -328,8 +328,7 @@ class TargetServer:
                 continue
             words = said.decode("utf-8", "replace").replace(self.key or "\0", "***")[:300]
             self.stopping.set()  # nothing else is asked, while others' answers are read
-            told = f"{why}: {words}; are OPENAI_API_KEY and --target-model right?"
-            raise InputError(f"{self.url}: {told}")
+            raise InputError(f"{self.url}: {why}: {words}; wrong OPENAI_API_KEY or --target-model?")
         raise InputError(f"{self.url}: gave up after {self.TRIES} tries ({why}); --resume goes on")
 
 
@@ -398,9 +397,8 @@ class Tokenizer:
         self.added = self._find_added(folder, config)
         longest_first = sorted(filter(None, map(re.escape, self.added)), key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(longest_first) or '(?!)'})").split
-        self.table = self.codec.table  # what ids stand for, as bytes
-        self.table |= {i: self.codec.to_bytes(text) for text, i in self.added.items()}
-        self.vocab_size = max(self.table) + 1
+        self.codec.table |= {i: self.codec.to_bytes(text) for text, i in self.added.items()}
+        self.vocab_size = max(self.codec.table) + 1
         self._template: Template | None = self._find_template(folder, config, chat_template)
         self.eos_ids, self._template_ends = self._find_eos(folder)
 
@@ -419,7 +417,7 @@ class Tokenizer:
         id without a token (the padding of an embedding has such) is empty, as in transformers."""
         if min(ids, default=0) < 0:
             raise InputError(f"token id {min(ids)} is negative")
-        return self.codec.decode([int(i) for i in ids if int(i) in self.table])
+        return self.codec.decode([int(i) for i in ids if int(i) in self.codec.table])
 
     def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = False) -> Ids:
         """Token ids of the rendered conversation. Raises InputError where the template refuses."""
@@ -433,9 +431,8 @@ class Tokenizer:
         try:
             return self._template.render(given, add_generation_prompt=add_generation_prompt)
         except Exception as error:
-            detail = f"{type(error).__name__}: {_short(str(error), 200)}"
-            told = f"fails on this conversation ({detail}); mend one of them, or pass"
-            raise InputError(f"{self.template_name} {told} --chat-template {_NAMES}") from None
+            told = f"fails on this conversation ({type(error).__name__}: {_short(str(error), 200)})"
+            raise InputError(f"{self.template_name} {told}; try --chat-template {_NAMES}") from None
 
     def response_text(self, ids: list[int]) -> str:
         """A response as text, without the EOS at its end, if it has one."""
@@ -456,10 +453,9 @@ class Tokenizer:
 
     def digest(self) -> str:
         """Hex of all that decides the ids: the files, with the template, and what ends a turn."""
-        whole = hashlib.sha256(repr(self.eos_ids).encode())  # config.json may name some
-        for name, content in sorted(self.files.items()):
-            whole.update(f"{name}: {len(content)} bytes\n".encode() + content)
-        return whole.hexdigest()
+        files = (f"{name}: {len(x)} bytes\n".encode() + x for name, x in sorted(self.files.items()))
+        ends = repr(self.eos_ids).encode()  # config.json may name some
+        return hashlib.sha256(ends + b"".join(files)).hexdigest()
 
     def _find_added(self, folder: Path, config: dict[str, Any]) -> dict[str, int]:
         """Ids by text of what is looked for before anything else is done with a text: what the
@@ -471,8 +467,7 @@ class Tokenizer:
         flags = ("lstrip", "rstrip", "single_word", "normalized")[: 4 if self.codec.nfc else 3]
         for text, flag in product(tokens, flags):
             if tokens[text].get(flag):  # no supported family has one
-                told = f"the added token {_short(text)} has {flag}, which is not implemented"
-                raise InputError(f"{folder}: {told}; set it to false")
+                raise InputError(f"{folder}: token {_short(text)} has {flag}, not implemented")
         added = {text: vocab[text] for text in self.specials.values() if text in vocab}
         return added | {text: int(token["id"]) for text, token in tokens.items()}
 
@@ -703,18 +698,15 @@ def _token_order(
     made = {"".join(pair) for pair in ranks}
     if not made <= vocab.keys():
         raise InputError(f"{path}: a merge makes {_short(min(made - vocab.keys()))}, not a token")
-    reached, rest = dict[int, str](), list[str]()
+    order = {char: -1 for char in ALPHABET if char in vocab}
     for token in vocab if whole else made:
         if len(token) > 1 and ALPHABET.keys() >= set(token):
             halves = _halves(token, ranks)
-            if halves in ranks:
-                reached[ranks[halves]] = token
-            elif whole and len(halves) == 2:
+            if whole and len(halves) == 2 and halves not in ranks:
                 raise InputError(f"{path}: no merge makes the token {_short(token)}; list it")
-            elif whole:
-                rest.append(token)
-    singles = [char for char in ALPHABET if char in vocab]
-    return singles + [reached[rank] for rank in sorted(reached)] + rest
+            if whole or halves in ranks:
+                order[token] = ranks.get(halves, len(ranks))
+    return sorted(order, key=order.__getitem__)
 
 
 def _halves(token: str, ranks: dict[tuple[str, ...], int]) -> tuple[str, ...]:

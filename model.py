@@ -633,7 +633,7 @@ def float_logits(x_MD: Tensor, head_VD: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- generation
 PREFILL = 2**14  # the most prompt tokens of one pass, where a prompt is not longer
 AHEAD = 8  # tokens that a recorded row makes before anyone looks at them
-WIDTHS = (8, 1)  # tokens a row and step, where there are drafts; without them the last
+WIDTHS = (4, 1)  # tokens a row and step, where there are drafts; without them the last
 
 
 def generate(
@@ -744,10 +744,11 @@ class Drafts:
 
     def learn(self, width: int, made: int) -> None:
         """Takes note of how many tokens there are after a step."""
-        now = time.perf_counter()
-        rate, old = (made - self.made) / (now - self.began), self.rates.get(width, math.inf)
-        self.rates = {w: 1.05 * known for w, known in self.rates.items()}
-        self.rates[width] = rate if math.isinf(old) else (old + rate) / 2
+        now, old = time.perf_counter(), self.rates.get(width, math.inf)
+        if self.made:  # or it was the prompts' pass
+            rate = (made - self.made) / (now - self.began)
+            self.rates = {w: 1.02 * known for w, known in self.rates.items()}
+            self.rates[width] = rate if math.isinf(old) else (old + rate) / 2
         self.made, self.began = made, now
 
 

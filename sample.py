@@ -161,11 +161,11 @@ def whole_file(path: str) -> Iterator[TextIO]:
 
 def load(flags: Flags) -> tuple[Transformer, data.Tokenizer]:
     """The model, and the tokenizer that goes with it."""
-    tokenizer = data.load_tokenizer(flags.model or "", flags.chat_template)
+    folder, device = flags.model or "", "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = data.load_tokenizer(folder, flags.chat_template)
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Transformer.from_pretrained(flags.model or "", dtype, device)
-    check_vocabulary(tokenizer, model, flags.model or "")
+    model = Transformer.from_pretrained(folder, dtype, device)
+    check_vocabulary(tokenizer, model, folder)
     return model, tokenizer
 
 
@@ -203,8 +203,7 @@ def check_vocabulary(tokenizer: data.Tokenizer, model: Transformer, where: str |
     """Raises InputError where the tokenizer has ids that the model does not know."""
     most, size = tokenizer.vocab_size - 1, model.config.vocab_size
     if most >= size:
-        told = f"the tokenizer has ids up to {most}, and vocab_size in config.json is {size}"
-        raise InputError(f"{where}: {told}")
+        raise InputError(f"{where}: the tokenizer has ids up to {most}, and vocab_size is {size}")
 
 
 def task_accuracy(

@@ -131,9 +131,8 @@ class SGPO(sapo.Source):
     ) -> list[Answer]:
         """The policy's continuations of prompts in a round."""
         c, policy = self.run.config, self.run.models["policy"]
-        seeds = [hash_seed(c.seed, purpose, number, i) for i in range(len(prompts))]
-        asked = [request(prompt, c, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return self.run.generate(policy, asked, temperature, keep=purpose != "eval")
+        todo = [request(x, c, hash_seed(c.seed, purpose, number, i)) for i, x in enumerate(prompts)]
+        return self.run.generate(policy, todo, temperature, keep=purpose != "eval")
 
     def spoil(self, rows: Sequence[Pair]) -> list[Pair]:
         """The policy's answer beside the gold response."""
@@ -190,10 +189,8 @@ def improvements(
     """(which draft, its improvement, ""), as they come, or (which, None, why there is none)."""
     asked = [(i, drafts[i][0], answer) for i, answer in answers.items()]
     if server is not None:
-        questions = [
-            improver_prompt(draft.messages, answer, c.target_instruction, draft.response)
-            for _, draft, answer in asked
-        ]
+        instruction = c.target_instruction
+        questions = [improver_prompt(x.messages, y, instruction, x.response) for _, x, y in asked]
         for place, improved, why in server.ask_all(questions):
             yield asked[place][0], improved, why
         return
@@ -229,8 +226,7 @@ def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
     for example, _ in asks:
         if example.messages[-1]["role"] != "user":
             raise InputError(f"{example.where}: the turn before the response is not the user's")
-    empty = [frame(example.messages, "", tokenizer, c) for example, _ in asks]
-    kept = [ask for ask, ids in zip(asks, empty, strict=True) if len(ids) < c.max_length - 1]
+    kept = [ask for ask in asks if len(frame(ask[0].messages, "", tokenizer, c)) + 1 < c.max_length]
     if not kept:
         told = f"none of the {len(asks)} prompts fits into --max-length {c.max_length}"
         raise InputError(f"{told} with --improver-instruction around it")
