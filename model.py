@@ -226,9 +226,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        if self.fused is None:
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        gate, up = self.fused(x).chunk(2, -1)
+        gate, up = (
+            self.fused(x).chunk(2, -1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        )
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -633,6 +633,10 @@ def float_logits(x_MD: Tensor, head_VD: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- generation
 PREFILL = 2**14  # the most prompt tokens of one pass, where a prompt is not longer
 AHEAD = 8  # tokens that a recorded row makes before anyone looks at them
+SIDE, POOL = lru_cache(torch.cuda.Stream), lru_cache(torch.cuda.graph_pool_handle)  # one each
+MKLDNN = torch.backends.mkldnn.is_available()
+PACKS = {torch.float32: MKLDNN}  # the types of matrices that oneDNN lays out, and is fast with
+PACKS[torch.bfloat16] = MKLDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 WIDTHS = (4, 1)  # tokens a row and step, where there are drafts; without them the last
 
 
@@ -762,21 +766,15 @@ def go_on(draft: list[int], made: list[int], before: int) -> int:
 
 def record_graph(step: Callable[[], None]) -> Callable[[], None]:
     """Runs a step, which lets the libraries set themselves up, and records it as a CUDA graph."""
-    (side, pool), graph = _recorder(), torch.cuda.CUDAGraph()
+    side, graph = SIDE(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
-        graph.capture_begin(pool)
+        graph.capture_begin(POOL())
         step()
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
     return graph.replay
-
-
-@lru_cache(maxsize=1)
-def _recorder() -> tuple[Any, Any]:
-    """One stream and one pool of memory for all: each new one would hold on to its own."""
-    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
 
 def with_weights(config: Config, weights: dict[str, Tensor], rows: int = 0) -> Transformer:
@@ -799,17 +797,11 @@ def with_weights(config: Config, weights: dict[str, Tensor], rows: int = 0) -> T
         head = model.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict(weights, assign=True)
-    for part in model.modules() if rows and can_pack(head.weight.dtype) else ():
+    for part in model.modules() if rows and PACKS.get(head.weight.dtype) else ():
         if isinstance(part, Linear):
             part.packed = torch.ops.mkldnn._reorder_linear_weight(part.weight, rows)
             del part.weight
     return model.requires_grad_(False)
-
-
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there, and fast with such matrices."""
-    bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.backends.mkldnn.is_available() and (dtype == torch.float32 or bf16)
 
 
 def sample_tokens(

@@ -321,7 +321,7 @@ def watched(meter: Meter, meta: bool, sharded: bool = False) -> Iterator[None]:
     changes = [*decoding(meter), (lm.Packed, "prepare", begin), (train.Ranks, "decoder", ready)]
     changes += [(train.Learner, "clock", lambda self, name: meter.within(name))]
     if meter.told_zeros:
-        changes += [(lm, "can_pack", lambda dtype: False)]  # the same products otherwise
+        changes += [(lm, "PACKS", {})]  # the same products otherwise
     if meta:
         changes += [(lm, "has_kernel", lambda device, dtype, size: dtype == torch.bfloat16)]
         changes += [(lm, "LOGITS", {"meta": lm.LOGITS["cuda"]})]
