@@ -704,7 +704,6 @@ def _decode(
             for one in made[max(0, len(answers[row]) - low) :]:
                 if left(row):
                     answers[row].append(one)
-        drafts.learn(width, sum(map(len, answers)))
         going = [left(row) > 0 for row in rows]
         if not any(going):
             return answers
@@ -731,29 +730,26 @@ class Drafts:
     def __init__(self, drafts: list[list[int]]) -> None:
         self.drafts, self.offsets = drafts, [0] * len(drafts)  # of a row's place in its draft
         self.rates = dict.fromkeys(WIDTHS if any(drafts) else WIDTHS[-1:], math.inf)
-        self.made, self.began = 0, time.perf_counter()
+        self.width = self.made = 0  # of the step before; the tokens that there were after it, and
+        self.began = 0.0  # when
 
     def guess(self, rows: list[int], answers: list[list[tuple[int, float]]]) -> list[list[int]]:
         """For each row W - 1 tokens, of which as many as its draft has are a guess."""
-        width = max(self.rates, key=lambda width: self.rates[width])
-        found = []
+        now, made, old = time.perf_counter(), sum(map(len, answers)), self.rates.get(self.width)
+        if old is not None:
+            rate = (made - self.made) / (now - self.began)
+            self.rates = {width: 1.02 * known for width, known in self.rates.items()}
+            self.rates[self.width] = rate if math.isinf(old) else (old + rate) / 2
+        width, found = max(self.rates, key=lambda width: self.rates[width]), []
         for row in rows if width > 1 else ():
-            made, count = [token for token, _ in answers[row][-8:]], len(answers[row])
-            place = go_on(self.drafts[row], made, self.offsets[row] + count)
+            last, count = [token for token, _ in answers[row][-8:]], len(answers[row])
+            place = go_on(self.drafts[row], last, self.offsets[row] + count)
             self.offsets[row] = place - count
             found.append(self.drafts[row][place : place + width - 1])
         if not any(found):
-            return [[]] * len(rows)
+            width, found = 1, [[]] * len(rows)
+        self.width, self.made, self.began = width, made, now
         return [part + [0] * (width - 1 - len(part)) for part in found]
-
-    def learn(self, width: int, made: int) -> None:
-        """Takes note of how many tokens there are after a step."""
-        now, old = time.perf_counter(), self.rates.get(width, math.inf)
-        if self.made:  # or it was the prompts' pass
-            rate = (made - self.made) / (now - self.began)
-            self.rates = {w: 1.02 * known for w, known in self.rates.items()}
-            self.rates[width] = rate if math.isinf(old) else (old + rate) / 2
-        self.made, self.began = made, now
 
 
 def go_on(draft: list[int], made: list[int], before: int) -> int:
@@ -844,18 +840,17 @@ FAMILIES: dict[str, dict[str, Any]] = {  # what a config.json of the family may 
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False}
     | {"max_window_layers": 28},
 }
-# Keys that change the logits, and are read; then those that do not change them (no dropout here).
-COMPUTED = """model_type vocab_size hidden_size intermediate_size num_hidden_layers head_dim
+# Keys that change the logits, and are read; from `architectures` on those that do not change them.
+KEYS = """model_type vocab_size hidden_size intermediate_size num_hidden_layers head_dim
     num_attention_heads num_key_value_heads rms_norm_eps tie_word_embeddings rope_theta
-    rope_scaling rope_parameters layer_types""".split()  # noqa: SIM905
-INERT = """architectures auto_map bos_token_id eos_token_id pad_token_id unk_token_id torch_dtype
-    dtype transformers_version use_cache initializer_range max_position_embeddings model_max_length
-    max_sequence_length tokenizer_class pretraining_tp attention_dropout max_window_layers
-    sliding_window return_dict id2label label2id transformers.js_config is_llama_config
-    unsloth_version unsloth_fixed task_specific_params chunk_size_feed_forward problem_type
-    finetuning_task num_labels name_or_path keys_to_ignore_at_inference license torchscript
-    do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences
-    max_length length_penalty repetition_penalty""".split()  # noqa: SIM905
+    rope_scaling rope_parameters layer_types architectures auto_map bos_token_id eos_token_id
+    pad_token_id unk_token_id torch_dtype dtype transformers_version use_cache initializer_range
+    max_position_embeddings model_max_length max_sequence_length tokenizer_class pretraining_tp
+    attention_dropout max_window_layers sliding_window return_dict id2label label2id problem_type
+    transformers.js_config is_llama_config unsloth_version unsloth_fixed task_specific_params
+    chunk_size_feed_forward finetuning_task num_labels name_or_path keys_to_ignore_at_inference
+    license torchscript do_sample temperature top_k top_p typical_p num_beams num_beam_groups
+    num_return_sequences max_length length_penalty repetition_penalty""".split()  # noqa: SIM905
 IDLE: dict[str, list[Any]] = {"hidden_act": ["silu", "swish"], "partial_rotary_factor": [None, 1]}
 LINEAR = ["rope_theta", "factor"]
 LLAMA3 = [*LINEAR, "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
@@ -896,7 +891,7 @@ class Config:
             raise InputError(f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
         rope = _rope(raw, where)
         turning = ROPES[rope["rope_type"]]
-        keys = [*COMPUTED, *INERT, *FAMILIES[family]]
+        keys = [*KEYS, *FAMILIES[family]]
         for given, read in ((raw, keys), (rope, ["rope_type", "type", *turning])):
             for key, value in given.items():
                 off = value in IDLE.get(key, [None, False, "", [], {}])

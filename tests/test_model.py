@@ -310,7 +310,7 @@ def test_a_draft_changes_no_token_and_saves_steps(
     monkeypatch.setattr(
         lm.Cache, "step", lambda self: (steps.append(self.fed_BW.shape), step(self))
     )
-    monkeypatch.setattr(lm.Drafts, "learn", lambda self, width, made: None)  # always 4 at a time
+    monkeypatch.setattr(lm, "WIDTHS", (4,))
     budgets, prompts = [40, 1, 33, 12, 39], random_prompts([3, 14, 8, 2, 30])
     asked = [(*row, []) for row in zip(prompts, budgets, range(5), strict=True)]
     tokens, logps = decoded(asked, ours, how)
@@ -338,14 +338,15 @@ def test_a_draft_goes_on_behind_what_was_made_last() -> None:
 
 
 def test_how_many_are_guessed_follows_what_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 5.0, 6.0, 7.0, 7.5, 17.0, 18.0])
+    now = iter([5.0, 6.0, 7.0, 7.5, 17.0, 18.0])
     monkeypatch.setattr(lm.time, "perf_counter", lambda: next(now))
     drafts, seen = lm.Drafts([[1, 2, 3], []]), []
-    # The prompts' pass is not looked at; then 4 tokens a second, 2 and 8, and 1 / 9.5 of two.
-    for width, made in ((1, 2), (4, 6), (1, 8), (4, 12), (4, 13)):
-        drafts.learn(width, made)
-        seen.append(len(drafts.guess([0, 1], [[(1, 0.0)], [(9, 0.0)]])[0]))
-    assert seen == [3, 0, 3, 3, 3] and drafts.rates[4] == pytest.approx((6.04 + 1 / 9.5) / 2, 0.02)
+    # The prompts' pass is not looked at; then 4 tokens a second, 2 and 8, and 2 in 9.5 seconds.
+    for made in (2, 6, 8, 12, 14):
+        answers = [[(1, 0.0)] * (made - 1), [(9, 0.0)]]
+        seen.append([len(part) for part in drafts.guess([0, 1], answers)])
+    assert seen == [[3, 3], [0, 0], [3, 3], [3, 3], [3, 3]]
+    assert drafts.rates[4] == pytest.approx((6.06 + 2 / 9.5) / 2, 0.02)
     assert lm.Drafts([[], []]).guess([0, 1], [[(1, 0.0)]] * 2) == [[], []]
 
 
