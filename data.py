@@ -843,8 +843,7 @@ def write_task_tokenizer(path: str | Path) -> None:
         "version": "1.0",
         "added_tokens": [{"id": i, "content": t, "special": True} | flags for i, t in markers],
         **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
-        "pre_tokenizer": step,
-        "decoder": step,
+        **dict.fromkeys(("pre_tokenizer", "decoder"), step),
         "model": {"type": "BPE", "vocab": dict(ALPHABET), "merges": []},
     }
     template = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"

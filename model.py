@@ -111,15 +111,20 @@ class Transformer(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @classmethod
+    def outline(cls, path: str | Path) -> Transformer:
+        """The model in a folder without its weights, once their headers agree with its config."""
+        config = Config.from_dict(read_json(Path(path) / "config.json"), f"{path}/config.json")
+        with torch.device("meta"):
+            model = cls(config)
+        find_weights(dict(model.named_parameters()), path)
+        return model
+
+    @classmethod
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> Transformer:
         """Loads a Hugging Face folder: config.json with one safetensors file, or shards."""
-        config = Config.from_dict(read_json(Path(path) / "config.json"), f"{path}/config.json")
-        with torch.device("meta"):
-            model = cls(config).to(dtype)
-        find_weights(dict(model.named_parameters()), path)  # before memory is taken for them
-        model.to_empty(device=device)
+        model = cls.outline(path).to(dtype).to_empty(device=device)
         load_weights(dict(model.named_parameters()), path)
         return model
 
@@ -202,8 +207,7 @@ class Attention(nn.Module):
         """(T, D) -> (T, D)."""
         heads = partial(torch.unflatten, dim=-1, sizes=(-1, self.head_dim))
         if self.fused is None:
-            parts = (part(x_TD) for part in (self.q_proj, self.k_proj, self.v_proj))
-            q_THE, k_TKE, v_TKE = map(heads, parts)
+            q_THE, k_TKE, v_TKE = (heads(p(x_TD)) for p in (self.q_proj, self.k_proj, self.v_proj))
             q_THE, k_TKE = rotate(q_THE, rotation), rotate(k_TKE, rotation)
         else:
             turned, v_TKE = heads(self.fused(x_TD)).split((sum(self.heads), self.heads[1]), 1)
@@ -226,9 +230,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        gate, up = (
-            self.fused(x).chunk(2, -1) if self.fused else (self.gate_proj(x), self.up_proj(x))
-        )
+        one = self.fused
+        gate, up = one(x).chunk(2, -1) if one else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -240,8 +243,7 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if self.packed is not None:
-            then: Any = ("none", [], "")  # nothing
-            return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, *then)
+            return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
@@ -417,11 +419,10 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 class Cache(Packed):
     """B rows that are decoded together, with a static cache of keys and values. What a step reads
-    and writes lies on the device, and stays where it is until rows leave: it can be recorded.
-
-    The prompts are taken in packed, not too many tokens at a time. A `step` takes in the token that
-    each row made last, and W - 1 guesses at those that follow it (`fed_BW`); it picks a token after
-    each, and those up to the first that is not the guess are what W plain steps would have made."""
+    and writes lies on the device, and stays where it is until rows leave: it can be recorded. The
+    prompts are taken in packed. A `step` takes in the token that each row made last, and W - 1
+    guesses at those that follow it (`fed_BW`); it picks a token after each, and those up to the
+    first that is not the guess are what W plain steps would have made."""
 
     def __init__(self, model: Transformer, asked: Sequence[Any], pick: Any, widest: int) -> None:
         prompts, budgets, seeds, *_ = zip(*asked, strict=True)
@@ -491,9 +492,8 @@ class Cache(Packed):
         """Puts W - 1 guesses behind the token that each row made last."""
         if guesses[0] or self.fed_BW.shape[1] > 1:
             given = torch.tensor(guesses, dtype=torch.int64, device=self.fed_BW.device)
-            fed_BW = torch.cat((self.fed_BW[:, :1], given.view(len(guesses), -1)), 1)
-            same = fed_BW.shape == self.fed_BW.shape
-            self.fed_BW = self.fed_BW.copy_(fed_BW) if same else fed_BW
+            new = torch.cat((self.fed_BW[:, :1], given), 1)
+            self.fed_BW = self.fed_BW.copy_(new) if new.shape == self.fed_BW.shape else new
 
     def keep(self, going: list[bool]) -> list[int]:
         """Drops the rows that stop. The last of the others fill the gaps, so that few are copied:
@@ -632,12 +632,11 @@ def float_logits(x_MD: Tensor, head_VD: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------- generation
 PREFILL = 2**14  # the most prompt tokens of one pass, where a prompt is not longer
-AHEAD = 8  # tokens that a recorded row makes before anyone looks at them
-SIDE, POOL = lru_cache(torch.cuda.Stream), lru_cache(torch.cuda.graph_pool_handle)  # one each
-MKLDNN = torch.backends.mkldnn.is_available()
-PACKS = {torch.float32: MKLDNN}  # the types of matrices that oneDNN lays out, and is fast with
-PACKS[torch.bfloat16] = MKLDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 WIDTHS = (4, 1)  # tokens a row and step, where there are drafts; without them the last
+AHEAD = 8  # tokens that a recorded row makes before anyone looks at them
+SIDE, POOL = lru_cache(torch.cuda.Stream), lru_cache(torch.cuda.graph_pool_handle)  # of recordings
+PACKS = {torch.float32: torch.backends.mkldnn.is_available()}  # what oneDNN is fast with
+PACKS[torch.bfloat16] = PACKS[torch.float32] and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def generate(

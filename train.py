@@ -199,8 +199,7 @@ class Learner:
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Adds the time within to `seconds[name]`, less that of clocks within this one. Few a step:
-        a GPU's queue runs empty at the end of each."""
+        """Adds the time within to `seconds[name]`, less that of clocks within this one."""
         began, before = time.perf_counter(), sum(self.seconds.values())
         yield
         if self.ranks.device.type == "cuda":
@@ -597,15 +596,6 @@ def say(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-def outline(folder: Path) -> Transformer:
-    """The model in a folder without its weights, once their headers agree with its config."""
-    config = lm.Config.from_dict(lm.read_json(folder / "config.json"), f"{folder}/config.json")
-    with torch.device("meta"):
-        model = Transformer(config)
-    lm.find_weights(dict(model.named_parameters()), folder)
-    return model
-
-
 class Ranks:
     """The processes of the run; nothing else knows how many there are."""
 
@@ -628,18 +618,17 @@ class Ranks:
         """Loads the policy, the EMA or the reference, each rank its shard, in fp32, but the
         reference's matrices as they would be rounded for each product. The order is checkpointing,
         compilation, sharding, and only then memory and weights."""
-        model = outline(folder)
+        model = Transformer.outline(folder)
         model.compute_dtype = torch.bfloat16 if c.precision == "bf16" else None
         model.checkpointing = c.activation_checkpointing
         for parameter in model.parameters():
             if role == "reference" and parameter.dim() == 2 and model.compute_dtype:
                 parameter.data = parameter.data.to(model.compute_dtype)
         blocks = [*model.model["layers"].children()]
-        if c.compile:
-            for block in blocks:
-                # Shapes differ from batch to batch. What is fused rounds as what is not, or bf16
-                # differs with and without gradients, and the first loss is not ln 2.
-                block.compile(dynamic=True, options={"emulate_precision_casts": True})
+        for block in blocks if c.compile else ():
+            # Shapes differ from batch to batch. What is fused rounds as what is not, or bf16 with
+            # gradients differs from bf16 without, and the first loss is not ln 2.
+            block.compile(dynamic=True, options={"emulate_precision_casts": True})
         if self.world > 1:
             policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32)
             # By default the root stays whole until a backward pass. After a forward pass without
@@ -1007,7 +996,7 @@ def run(c: Config, ranks: Ranks) -> None:
         tokenizer = data.load_tokenizer(c.model or folder, c.chat_template, date)
     source, start = SOURCES[c.method][0], Path(c.model) if c.model else out / "start"
     if c.model:
-        sample.check_vocabulary(tokenizer, outline(start), start)
+        sample.check_vocabulary(tokenizer, Transformer.outline(start), start)
     read, counts = read_rows(c, tokenizer)
     rows = read.get("prompts") or [row for _, row in read["--data"]]
     steps = source.schedule(len(rows), c)[-1]
