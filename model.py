@@ -632,7 +632,7 @@ def float_logits(x_MD: Tensor, head_VD: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------- generation
 PREFILL = 2**14  # the most prompt tokens of one pass, where a prompt is not longer
-WIDTHS = (4, 1)  # tokens a row and step, where there are drafts; without them the last
+WIDTHS = (8, 1)  # tokens a row and step, where there are drafts; without them the last
 AHEAD = 8  # tokens that a recorded row makes before anyone looks at them
 SIDE, POOL = lru_cache(torch.cuda.Stream), lru_cache(torch.cuda.graph_pool_handle)  # of recordings
 PACKS = {torch.float32: torch.backends.mkldnn.is_available()}  # what oneDNN is fast with
@@ -669,7 +669,7 @@ def generate(
     if on_cpu and order and max(budgets) >= 32 and model.config.hidden_size >= 256:  # pays then
         dtype = model.compute_dtype or model.dtype
         weights = {name: weight.detach().to(dtype) for name, weight in model.named_parameters()}
-        model = with_weights(model.config, weights, min(len(order), batch_size))
+        model = with_weights(model.config, weights, max(8, min(len(order), batch_size)))
     options = (pick, {*eos_ids}, None if on_cpu else record_graph)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

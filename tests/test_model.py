@@ -339,6 +339,7 @@ def test_a_draft_goes_on_behind_what_was_made_last() -> None:
 
 def test_how_many_are_guessed_follows_what_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([5.0, 6.0, 7.0, 7.5, 17.0, 18.0])
+    monkeypatch.setattr(lm, "WIDTHS", (4, 1))
     monkeypatch.setattr(lm.time, "perf_counter", lambda: next(now))
     drafts, seen = lm.Drafts([[1, 2, 3], []]), []
     # The prompts' pass is not looked at; then 4 tokens a second, 2 and 8, and 2 in 9.5 seconds.

@@ -82,7 +82,7 @@ class Case:
     def run(self, kind: str, rep: int = 0) -> None:
         """Decodes once. Raises SystemExit for tokens that another run did not make."""
         steps: list[Any] = []
-        step, learn = lm.Cache.step, lm.Drafts.learn
+        step, widths = lm.Cache.step, lm.WIDTHS[:1] if kind == "forced" else lm.WIDTHS
 
         def counted(cache: lm.Cache) -> None:
             steps.append(cache.fed_BW.shape)
@@ -93,7 +93,7 @@ class Case:
         how["drafts"] = None if kind == "plain" else drafts
         with (
             mock.patch.object(lm.Cache, "step", counted),
-            mock.patch.object(lm.Drafts, "learn", (lambda *_: 0) if kind == "forced" else learn),
+            mock.patch.object(lm, "WIDTHS", widths),
         ):
             new = lm.generate(self.model, prompts, most, **how)
         self.runs[kind].append(steps)
