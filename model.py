@@ -328,7 +328,7 @@ class Packed:
                     bias = causal_bias(at[seen - size :, None] - at, window, dtype)
                 self.biases[window].append(bias)
 
-    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Any:
         """What the queries of a layer find, (T, H, E)."""
         if self.store is not None:
             self.store(attention.layer, k_TKE, v_TKE)
@@ -337,8 +337,7 @@ class Packed:
             return self.one_by_one(q_THE, k_SKE, v_SKE, attention.window)
         # Its window counts the tokens before the query; -1 is all of them.
         window = (-1 if attention.window is None else attention.window - 1, 0)
-        found: Any = varlen_attn(q_THE, k_SKE, v_SKE, *self.bounds, window_size=window, **GROUPED)
-        return found
+        return varlen_attn(q_THE, k_SKE, v_SKE, *self.bounds, window_size=window, **GROUPED)
 
     @torch.compiler.disable  # the sizes change with every batch
     def one_by_one(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -523,7 +522,7 @@ class Cache(Packed):
         behind_B1W1S = self.places_BW[:, None, :, None, None] - places_S
         self.biases = {w: causal_bias(behind_B1W1S, w, dtype) for w in set(config.windows)}
 
-    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Tensor:
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, attention: Attention) -> Any:
         """Stores k and v, and attends to all that is stored."""
         shape, window, layer = self.places_BW.shape, attention.window, attention.layer
         new = (x.unflatten(0, shape) for x in (k_TKE, v_TKE))
@@ -533,8 +532,7 @@ class Cache(Packed):
             left = (-1, -1 if shape[1] == 1 else 0) if window is None else (window - 1, 0)
             how: Any = {"window_size": left, "seqused_k": self.used_B, **GROUPED}
             kv: Any = (x.flatten(0, 1) for x in kv_BSKE)
-            found: Any = varlen_attn(q_THE, *kv, *self.bounds, **how)
-            return found  # type: ignore[no-any-return]
+            return varlen_attn(q_THE, *kv, *self.bounds, **how)
         # Few queries a row: two small products by hand cost less than SDPA's set-up. The query
         # heads of a group (G) become rows of one product with the key head that they share.
         q_BWKGE = q_THE.unflatten(1, (k_TKE.shape[1], -1)).unflatten(0, shape)
@@ -625,16 +623,16 @@ def exponentials(x_MD: Tensor, head_VD: Tensor, targets_M: Tensor) -> tuple[Tens
 
 def float_logits(x_MD: Tensor, head_VD: Tensor) -> Tensor:
     """The logits (M, V) in float32. A GPU's product in bf16 gives them as they were summed."""
-    if x_MD.is_cpu or x_MD.dtype == torch.float32:  # a CPU has no such kernel
-        return F.linear(x_MD, head_VD).float()
-    return torch.mm(x_MD, head_VD.T, out_dtype=torch.float32)
+    if x_MD.element_size() == 2 and not (x_MD.is_cpu or torch.is_grad_enabled()):  # no gradient
+        return torch.mm(x_MD, head_VD.T, out_dtype=torch.float32)
+    return F.linear(x_MD, head_VD).float()
 
 
 # ------------------------------------------------------------------------------------- generation
 PREFILL = 2**14  # the most prompt tokens of one pass, where a prompt is not longer
 WIDTHS = (8, 1)  # tokens a row and step, where there are drafts; without them the last
 AHEAD = 8  # tokens that a recorded row makes before anyone looks at them
-SIDE, POOL = lru_cache(torch.cuda.Stream), lru_cache(torch.cuda.graph_pool_handle)  # of recordings
+SIDE, LAST = lru_cache(torch.cuda.Stream), list[Any]()  # recordings': stream, newest (for its pool)
 PACKS = {torch.float32: torch.backends.mkldnn.is_available()}  # what oneDNN is fast with
 PACKS[torch.bfloat16] = PACKS[torch.float32] and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -652,13 +650,13 @@ def generate(
     the logits, 0 being greedy; then top_k (0: off) and then top_p filter them. `return_logprobs`:
     gives (tokens, log-probs of these under the model as it is, before temperature and filters).
     `batch_size` rows are decoded together; they are sorted, so that like lengths meet. `drafts`: a
-    guess a row, or []; it changes no token, but where it is right several come in one step."""
+    guess a row, of the model's ids, or []; it changes no token, but right ones come together."""
     count = len(prompts)
     budgets = [max_new_tokens] * count if isinstance(max_new_tokens, int) else [*max_new_tokens]
     seeds = [hash_seed(seed, i) for i in range(count)] if isinstance(seed, int) else [*seed]
-    guesses = [[]] * count if drafts is None else drafts
-    fits = len(budgets) == len(seeds) == len(guesses) == count and all(prompts)
-    fits &= min(budgets, default=0) >= 0
+    drafts = [[]] * count if drafts is None else drafts
+    fits = {*map(len, (budgets, seeds, drafts))} == {count} and min([0, *budgets]) == 0
+    fits &= all(prompts)
     if not (fits and temperature >= 0 and top_k >= 0 and 0 < top_p <= 1 and batch_size >= 1):
         need = "a token, a budget >= 0 and a seed for each prompt, temperature >= 0, top_k >= 0"
         raise ValueError(f"generate needs {need}, 0 < top_p <= 1 and batch_size >= 1")
@@ -673,7 +671,7 @@ def generate(
     options = (pick, {*eos_ids}, None if on_cpu else record_graph)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        asked = [(prompts[i], budgets[i], seeds[i], guesses[i]) for i in rows]
+        asked = [(prompts[i], budgets[i], seeds[i], drafts[i]) for i in rows]
         answers |= zip(rows, _decode(model, asked, *options), strict=True)
     both = [[[made[k] for made in answers[i]] for i in range(count)] for k in (0, 1)]
     return tuple(both) if return_logprobs else both[0]
@@ -755,7 +753,7 @@ def go_on(draft: list[int], made: list[int], before: int) -> int:
     """Where a draft goes on after the tokens made last: behind the place where the most of them
     stand, of several the nearest to the place `before`; at its end, where the last does not."""
     ends = [end for end, token in enumerate(draft, 1) if token == made[-1]]
-    alike = {end: common_prefix(draft[:end][::-1], made[::-1]) for end in ends}
+    alike = {end: common_prefix(draft[max(0, end - 8) : end][::-1], made[::-1]) for end in ends}
     return max(ends, key=lambda end: (alike[end], -abs(end - before)), default=len(draft))
 
 
@@ -765,10 +763,11 @@ def record_graph(step: Callable[[], None]) -> Callable[[], None]:
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
-        graph.capture_begin(POOL())
+        graph.capture_begin(*[last.pool() for last in LAST])
         step()
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
+    LAST[:] = [graph]
     return graph.replay
 
 
@@ -792,6 +791,7 @@ def with_weights(config: Config, weights: dict[str, Tensor], rows: int = 0) -> T
         head = model.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict(weights, assign=True)
+    weights.clear()
     for part in model.modules() if rows and PACKS.get(head.weight.dtype) else ():
         if isinstance(part, Linear):
             part.packed = torch.ops.mkldnn._reorder_linear_weight(part.weight, rows)

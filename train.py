@@ -352,9 +352,9 @@ def passes(model: Transformer, c: Config, ranks: Ranks) -> Iterator[None]:
     torch.use_deterministic_algorithms(c.deterministic)
     parts = model.model["layers"].modules() if ranks.world == 1 and model.compute_dtype else ()
     held: list[Any] = [(x._parameters, x.weight) for x in parts if isinstance(x, nn.Linear)]
-    for own, weight in held:
-        own["weight"] = weight.to(model.compute_dtype)
     try:
+        for own, weight in held:
+            own["weight"] = weight.to(model.compute_dtype)
         yield
     finally:
         for own, weight in held:
