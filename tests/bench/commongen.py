@@ -51,8 +51,7 @@ from data import Pair
 from model import Transformer, generate, hash_seed, pair_logprobs
 
 TUNING = 0  # the seed that chooses; the table has 1, 2, ...
-FIRST = {"start": (3, 4)}  # places in methods.RATES that are tried first
-FIRST_OF_ARMS = (2, 3)  # 1e-5, 3e-5
+FIRST_OF_START, FIRST_OF_ARMS = (3, 4), (2, 3)  # tried first: places in methods.RATES
 EPOCHS = (1, 1, 2, 4)  # of the start's parts, each of which goes on from the one before
 TEMPERATURES = (0.3, 0.7)  # validation chooses
 AT_ONE = 300  # sets that are also answered at temperature 1
@@ -469,9 +468,7 @@ def climb(first: Sequence[int], before: float, look: Any, most: int) -> dict[int
     """The scores of rates, by their places: the first, then those that methods.next_places wants,
     `most` at the most. `look` gives the scores of several."""
     tried: dict[int, float] = {}
-    while new := (methods.next_places(tried, before) if tried else list(first))[
-        : most - len(tried)
-    ]:
+    while new := (methods.next_places(tried, before) if tried else first)[: most - len(tried)]:
         tried |= look(new)
     return tried
 
@@ -492,7 +489,7 @@ def choose_start(lab: Lab, sizes: Sizes, most: int, longest: int) -> tuple[int, 
             going = better
         return best
 
-    place = methods.choose(tried := climb(FIRST["start"], -math.inf, look, most))
+    place = methods.choose(tried := climb(FIRST_OF_START, -math.inf, look, most))
     told = {f"{methods.RATES[p]:g}, {sum(EPOCHS[: parts[p]])} epochs": x for p, x in tried.items()}
     print("start:", ", ".join(f"{key}: {x:.1f}" for key, x in told.items()), flush=True)
     return place, parts[place]
@@ -507,7 +504,9 @@ def arm_run(name: str, place: int, start: Run) -> Run:
 def tune(lab: Lab, arms: Sequence[str], start: Run, most: int) -> dict[str, int]:
     """The place of a rate for each arm."""
     before, chosen = lab.need([Look(start, "validation")])[0], dict[str, int]()
-    lab.need(Look(arm_run(name, p, start), "validation") for name in arms for p in FIRST_OF_ARMS)
+    lab.need(
+        Look(arm_run(name, p, start), "validation") for p in FIRST_OF_ARMS[:most] for name in arms
+    )
     for name in arms:
 
         def look(places: Sequence[int], name: str = name) -> dict[int, float]:
