@@ -1,7 +1,6 @@
 """The checker, the rule of selection and the paired errors of tests/bench/commongen.py."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,10 +25,9 @@ def test_a_word_is_used_in_any_inflected_form(words: str, text: str, used: list[
 
 
 def test_a_mere_list_has_the_words_and_nothing_else() -> None:
-    words = ["dog", "run", "park"]
-    assert commongen.mere_list(words, "Dog, running, and the park.")
-    assert not commongen.mere_list(words, "A dog runs in the park.")
-    assert not commongen.mere_list(words, "A dog.") and not commongen.mere_list(words, "")
+    texts = ["Dog, running, and the park.", "A dog runs in the park.", "A dog.", ""]
+    marks = [commongen.mere_list(["dog", "run", "park"], text) for text in texts]
+    assert marks == [True, False, False, False]
 
 
 def test_rejected_sides_are_what_their_name_says() -> None:
@@ -43,9 +41,9 @@ def test_rejected_sides_are_what_their_name_says() -> None:
 
 
 def told(greedy: float, warm: float, **more: float) -> dict[str, Any]:
-    values = {"complete/0": greedy, "complete/0.3": warm, "complete/0.7": warm - 10, "chrf/0": 40.0}
-    values |= {"length/0": 100.0, "list/0": 0.0} | {f"{k}/0": v for k, v in more.items()}
-    return {name: [value, value] for name, value in values.items()}
+    values = {"complete": greedy, "chrf": 40.0, "length": 100.0, "list": 0.0} | more
+    at = {f"{name}/0": value for name, value in values.items()}
+    return {k: [x] * 2 for k, x in (at | {"complete/0.3": warm, "complete/0.7": 10}).items()}
 
 
 def test_a_rate_is_chosen_by_complete_answers_among_those_that_keep_to_the_guards() -> None:
@@ -53,8 +51,7 @@ def test_a_rate_is_chosen_by_complete_answers_among_those_that_keep_to_the_guard
     assert commongen.best_temperature(start) == 0.3 and commongen.score(start) == 55
     assert commongen.score(told(70, 60, chrf=39.0), start) == 65
     for bad in ({"chrf": 38.9}, {"length": 121.0}, {"length": 79.0}, {"list": 3.0}):
-        assert commongen.score(told(90, 90, **bad), start) < 0
-        assert commongen.score(told(90, 90, **bad)) == 90  # of the start itself
+        assert commongen.score(told(90, 90, **bad), start) == -10
 
 
 def test_paired_errors_over_sets_and_over_seeds_are_those_worked_by_hand() -> None:
@@ -62,15 +59,4 @@ def test_paired_errors_over_sets_and_over_seeds_are_those_worked_by_hand() -> No
     ours, theirs = [[11.0, 23.0, 32.0], [13.0, 25.0, 34.0]], [[10.0, 20.0, 30.0]] * 2
     mean, over_sets, over_seeds = commongen.differences(ours, theirs)
     assert (mean, over_seeds) == (3, 1) and over_sets == pytest.approx(math.sqrt(1 / 3))
-    assert commongen.counts(3, 1.4, math.nan) and not commongen.counts(3, 1.4, 1.6)
-    assert not commongen.counts(3, math.nan)
-
-
-def test_models_are_kept_for_other_sets_and_known_by_what_made_them(tmp_path: Path) -> None:
-    sizes = commongen.Sizes("a/train", "dev", 32, 4, 8, 8, "bf16", "model")
-    start = commongen.start_run(sizes, 1, 3, 2)
-    moved = commongen.replace(start, sizes=commongen.replace(sizes, train="b/train", dev="test"))
-    assert start.base.base is None and start.folder(tmp_path) == moved.folder(tmp_path)
-    assert commongen.Look(start, "dev").key != commongen.Look(moved, "dev").key
-    other = commongen.arm_run("sapo", 2, start), commongen.arm_run("sapo", 3, start)
-    assert len({run.key for run in (start, start.base, *other)}) == 4
+    assert [commongen.counts(3, 1.4, x) for x in (math.nan, 1.4, 1.6)] == [True, True, False]

@@ -273,6 +273,7 @@ def write_rows(start: Run, out: Path) -> None:
     if (folder / "whole").exists():
         return
     torch.set_num_threads(1)
+    trained(start, out)
     sets, tokenizer = sizes.gold(start.seed), data.load_tokenizer(sizes.model)
     untrained, own = load(Path(sizes.model), sizes), load(start.model(out), sizes)
     columns = []
@@ -384,7 +385,7 @@ def logps(model: Transformer, prompts: Sequence[Any], texts: Sequence[Any]) -> l
 
 
 def measure(look: Look, out: Path) -> Told:
-    """The line for results.jsonl. On dev the last temperature is 1: `kl` is of those answers."""
+    """The line for results.jsonl. On dev temperatures are 0, T and 1; `kl` is of the last."""
     torch.set_num_threads(1)
     run, sizes, told = look.run, look.run.sizes, trained(look.run, out)
     tokenizer, rows = data.load_tokenizer(sizes.model), sizes.held_out(look.split)
@@ -395,8 +396,9 @@ def measure(look: Look, out: Path) -> Told:
         texts = [tokenizer.response_text(ids).strip() for ids in new]
         found = describe(some, texts)
         found["ended"] = [100.0 * (ids[-1] in tokenizer.eos_ids) for ids in new]
-        told |= {f"{name}/{t:g}": values for name, values in found.items()}
-        told |= {f"texts/{t:g}": texts[:10]}
+        at = "T" if look.split == "dev" and 0 < t < 1 else f"{t:g}"
+        told |= {f"{name}/{at}": values for name, values in found.items()}
+        told |= {f"texts/{at}": texts[:10]}
     if look.split == "dev":
         prompts = [prompt_of(tokenizer, row) for row in rows]
         gold = [[*tokenizer.encode(x["references"][0]), tokenizer.eos_ids[0]] for x in rows]
@@ -504,9 +506,8 @@ def arm_run(name: str, place: int, start: Run) -> Run:
 def tune(lab: Lab, arms: Sequence[str], start: Run, most: int) -> dict[str, int]:
     """The place of a rate for each arm."""
     before, chosen = lab.need([Look(start, "validation")])[0], dict[str, int]()
-    lab.need(
-        Look(arm_run(name, p, start), "validation") for p in FIRST_OF_ARMS[:most] for name in arms
-    )
+    first = [arm_run(name, place, start) for place in FIRST_OF_ARMS[:most] for name in arms]
+    lab.need(Look(run, "validation") for run in first)  # all at once
     for name in arms:
 
         def look(places: Sequence[int], name: str = name) -> dict[int, float]:
@@ -518,6 +519,13 @@ def tune(lab: Lab, arms: Sequence[str], start: Run, most: int) -> dict[str, int]
         told = ", ".join(f"{methods.RATES[p]:g}: {x:.1f}" for p, x in sorted(tried.items()))
         print(f"{name}: rate {methods.RATES[chosen[name]]:g} of {told}", flush=True)
     return chosen
+
+
+def runs_from(start: Run, chosen: Mapping[str, int]) -> dict[str, Run]:
+    """The table's rows for a seed."""
+    untrained = Run("untrained", "", {}, 0.0, start.seed, start.sizes)
+    arms = {name: arm_run(name, place, start) for name, place in chosen.items()}
+    return {"untrained": untrained, "start": start} | arms
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -547,38 +555,35 @@ def counts(mean: float, *errors: float) -> bool:
 def report(columns: Mapping[str, Sequence[Told]], rows: Sequence[Set]) -> str:
     """The table in Markdown, by arm and seed; then greedy answers by number of words, and what the
     runs logged."""
-    lines = ["| | " + " | ".join(COLUMNS) + " | seconds |", "|---" * (len(COLUMNS) + 2) + "|"]
+    head = ["", *COLUMNS, "seconds"]
+    table = [head, ["---"] * len(head)]
     for name, told in columns.items():
-        cells = [
-            f"{statistics.fmean(x for t in told for x in t[c]):.{n}f}" for c, n in COLUMNS.items()
-        ]
-        cells.append(f"{statistics.fmean(t['seconds'] for t in told):.0f}")
-        lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
-        if CONTROL in columns and name != CONTROL:
-            found = []
-            for c, n in COLUMNS.items():
-                values = [[t[c] for t in many] for many in (told, columns[CONTROL])]
-                d, *errors = differences(*values)
-                told_errors = " ± ".join(f"{e:.{n}f}" for e in errors if not math.isnan(e))
-                found.append(f"{d:+.{n}f} ({told_errors}){' *' * counts(d, *errors)}")
-            lines.append(f"| \N{MINUS SIGN} {CONTROL} | " + " | ".join(found) + " | |")
+        means = {c: statistics.fmean(x for one in told for x in one[c]) for c in COLUMNS}
+        seconds = f"{statistics.fmean(one['seconds'] for one in told):.0f}"
+        table.append([f"**{name}**", *(f"{means[c]:.{n}f}" for c, n in COLUMNS.items()), seconds])
+        if name != CONTROL:
+            table.append([f"\N{MINUS SIGN} {CONTROL}", *against(told, columns[CONTROL]), ""])
     sizes = sorted({len(names(row)) for row in rows})
-    lines += ["", "| | " + " | ".join(f"{n} words" for n in sizes) + " |", "|---" * 4 + "|"]
+    table += [[], ["all words, greedy", *(f"{n} words" for n in sizes)], ["---"] * (len(sizes) + 1)]
     for name, told in columns.items():
-        by_size = [[len(names(row)) == n for row in rows] for n in sizes]
-        kept = [[x for t in told for x in itertools.compress(t["complete/0"], b)] for b in by_size]
-        lines.append(f"| {name} | " + " | ".join(f"{statistics.fmean(x):.1f}" for x in kept) + " |")
-    logs = {name: told[0]["logged"] for name, told in columns.items()}
-    keys = sorted({key for log in logs.values() for key in log})
-    lines += [
-        "",
-        "| logged, first seed | " + " | ".join(logs) + " |",
-        "|---" * (len(logs) + 1) + "|",
-    ]
-    for key in keys:
-        cells = [f"{log[key]:.4g}" if key in log else "-" for log in logs.values()]
-        lines.append(f"| {key} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        which = [[len(names(row)) == n for row in rows] for n in sizes]
+        kept = [[x for t in told for x in itertools.compress(t["complete/0"], w)] for w in which]
+        table.append([name, *(f"{statistics.fmean(x):.1f}" for x in kept)])
+    logs = [told[0]["logged"] for told in columns.values()]
+    table += [[], ["logged, first seed", *columns], ["---"] * (len(logs) + 1)]
+    for key in sorted({key for log in logs for key in log}):
+        table.append([key, *(f"{log[key]:.4g}" if key in log else "-" for log in logs)])
+    return "\n".join("| " + " | ".join(line) + " |" if line else "" for line in table)
+
+
+def against(told: Sequence[Told], control: Sequence[Told]) -> list[str]:
+    """The cells of paired differences: errors over sets, and over seeds; * where they count."""
+    cells = []
+    for c, n in COLUMNS.items():
+        d, *errors = differences([t[c] for t in told], [t[c] for t in control])
+        known = " \N{PLUS-MINUS SIGN} ".join(f"{e:.{n}f}" for e in errors if not math.isnan(e))
+        cells.append(f"{d:+.{n}f}" + f" ({known})" * bool(known) + " *" * counts(d, *errors))
+    return cells
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -618,36 +623,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = Sizes(**{name: getattr(args, name) for name in kinds}, model=model)
     lab = Lab(args.out, args.workers)
     place, parts = choose_start(lab, sizes, args.rates, args.parts)
-    starts = [start_run(sizes, seed, place, parts) for seed in dict.fromkeys((TUNING, *seeds))]
-    lab.write_rows(starts[:1])
-    chosen = tune(lab, args.arms, starts[0], args.rates)
-    runs = {"untrained": [Run("untrained", "", {}, 0.0, seed, sizes) for seed in seeds]}
-    runs["start"] = starts[-len(seeds) :]
-    at = {
-        "untrained": Look(runs["untrained"][0], "validation"),
-        "start": Look(starts[0], "validation"),
-    }
-    at |= {name: Look(arm_run(name, p, starts[0]), "validation") for name, p in chosen.items()}
-    found = dict(zip(at, map(best_temperature, lab.need(at.values())), strict=True))
+    starts = {seed: start_run(sizes, seed, place, parts) for seed in (TUNING, *seeds)}
+    lab.write_rows(starts.values())
+    chosen = tune(lab, args.arms, starts[TUNING], args.rates)
+    runs = {seed: runs_from(start, chosen) for seed, start in starts.items()}
+    tuned = {name: Look(run, "validation") for name, run in runs[TUNING].items()}
+    told = lab.need(tuned.values())
+    found = dict(zip(tuned, map(best_temperature, told), strict=True))
     looks = {
-        n: [Look(run, "dev", (0.0, found[n], 1.0)) for run in many] for n, many in runs.items()
+        n: [Look(runs[seed][n], "dev", (0.0, t, 1.0)) for seed in seeds] for n, t in found.items()
     }
-    lab.need(look for many in looks.values() for look in many)
-    lab.write_rows(runs["start"])
-    for name, p in chosen.items():
-        many = [arm_run(name, p, start) for start in runs["start"]]
-        looks[name] = [Look(run, "dev", (0.0, found[name], 1.0)) for run in many]
-    lab.need(look for many in looks.values() for look in many)
-    kept = {look.run.folder(lab.out).name for many in looks.values() for look in many}
-    for folder in (lab.out / "models").glob(f"*-seed{TUNING}-*/final"):
-        if folder.parent.name not in kept | {starts[0].folder(lab.out).name}:
-            shutil.rmtree(folder.parent)  # half a gigabyte each; what was measured is known
-    columns = {}
-    for name, many in looks.items():
-        end = f"/{found[name]:g}"
-        at_t = [{k: v for k, v in told.items() if k.endswith(end)} for told in lab.need(many)]
-        at_t = [{k.replace(end, "/T"): v for k, v in told.items()} for told in at_t]
-        columns[name] = [told | more for told, more in zip(lab.need(many), at_t, strict=True)]
+    lab.need(itertools.chain(*looks.values()))
+    kept = {run.folder(lab.out) for many in runs.values() for run in many.values()}
+    for folder in {*(lab.out / "models").glob(f"*-seed{TUNING}-*")} - kept:
+        if folder.is_dir():  # half a gigabyte each; what was measured is known
+            shutil.rmtree(folder)
+    columns = {name: lab.need(many) for name, many in looks.items()}
     text = f"T: {', '.join(f'{name} {t:g}' for name, t in found.items())}\n\n"
     text += report(columns, sizes.held_out("dev")) + "\n"
     (lab.out / "report.md").write_text(text, encoding="utf-8")
