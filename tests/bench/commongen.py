@@ -451,7 +451,7 @@ def best_temperature(told: Told) -> float:
 def score(told: Told, before: Told | None = None) -> float:
     """THE rule, for all arms: the share of answers with all words on validation, the mean of greedy
     and the best temperature. 100 less where a guard says no, of greedy answers: more than 2% of
-    mere lists, words beyond 20% of the references', chrF a point or more below that `before`."""
+    mere lists, words beyond 20% of the references', chrF more than a point below `before`."""
     mean = {name: statistics.fmean(told[f"{name}/0"]) for name in ("chrf", "length", "list")}
     bad = abs(mean["length"] - 100) > 20 or mean["list"] > 2
     bad |= before is not None and mean["chrf"] < statistics.fmean(before["chrf/0"]) - 1
