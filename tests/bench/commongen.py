@@ -329,7 +329,7 @@ def train_run(run: Run, out: Path) -> Told:
     folder.parent.mkdir(parents=True, exist_ok=True)
     began = clock()
     with (
-        folder.with_suffix(".log").open("w", encoding="utf-8") as file,
+        Path(f"{folder}.log").open("w", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),
         mock.patch.object(data, "check_answer", check_prompt),  # for `rejected/as_good`
         methods.metered() as (tokens, logged),
