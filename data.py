@@ -97,7 +97,8 @@ def encode_examples(
         kept.append(example)
         pairs.append(Pair(prompt, chosen[:room], rejected[:room]))
     if not pairs:
-        raise InputError(f"none of the {len(examples)} rows is left; raise --max-prompt-length")
+        told = f"rows is left: their prompts have {max_prompt_length} tokens or more"
+        raise InputError(f"none of the {len(examples)} {told}; raise --max-prompt-length")
     return kept, pairs, counts
 
 

@@ -727,8 +727,7 @@ class Drafts:
     def __init__(self, drafts: list[list[int]]) -> None:
         self.drafts, self.offsets = drafts, [0] * len(drafts)  # of a row's place in its draft
         self.rates = dict.fromkeys(WIDTHS if any(drafts) else WIDTHS[-1:], math.inf)
-        self.width = self.made = 0  # of the step before; the tokens that there were after it, and
-        self.began = 0.0  # when
+        self.width, self.made, self.began = 0, 0, 0.0  # of the last step; tokens, time after it
 
     def guess(self, rows: list[int], answers: list[list[tuple[int, float]]]) -> list[list[int]]:
         """For each row W - 1 tokens, of which as many as its draft has are a guess."""
