@@ -139,14 +139,14 @@ class SAPO(Source):
                 copy_weights(models["reference"], models[c.ref_update])
         self.fresh = []
         if t % c.sample_every == 0:
-            rows = [row for row in super().before_step(t) for _ in range(c.responses_per_prompt)]
-            self.fresh = self.spoil(rows, "segment", t)
+            self.fresh = self.spoil(super().before_step(t) * c.responses_per_prompt, "segment", t)
         self.metrics = describe(self.fresh, self.run.tokenizer.eos_ids)
         if c.drop_identical:
             self.fresh = [pair for pair in self.fresh if pair.chosen != pair.rejected]
-        if not c.replay_capacity:
-            self.picked, self.gone = list(range(len(self.fresh))), self.fresh
-            return list(self.fresh)
+        if not c.replay_capacity:  # first rewrites, then second ones, as many as a batch has
+            self.gone = self.fresh[: c.batch_size]
+            self.picked = list(range(len(self.gone)))
+            return list(self.gone)
         self.gone = [old for pair in self.fresh if (old := self.buffer.add(pair)) is not None]
         batch = self.buffer.sample(c.batch_size)
         self.picked = self.buffer.picked
@@ -430,7 +430,8 @@ def pair_loss(
 
 def describe(fresh: Sequence[Pair], eos_ids: Collection[int]) -> dict[str, float]:
     """Of freshly written segments B': mean lengths, and the shares that equal B (which teach DPO
-    nothing), that end the response, and that leave it without an EOS which the chosen one has."""
+    nothing), that end the response, and that leave it without an EOS which the chosen one has;
+    tokens/per_useful_pair: written in all, for each pair whose sides differ."""
     both = [(pair, pair.cut) for pair in fresh if pair.cut]
     columns: dict[str, list[int]] = {
         "identical": [pair.chosen == pair.rejected for pair, _ in both],
@@ -439,7 +440,10 @@ def describe(fresh: Sequence[Pair], eos_ids: Collection[int]) -> dict[str, float
         "ended": [ended(pair.rejected[: cut.new_stop], eos_ids) for pair, cut in both],
         "unended": [ended(x.chosen, eos_ids) and not ended(x.rejected, eos_ids) for x, _ in both],
     }
-    return {f"segment/{name}": sum(x) / len(x) for name, x in columns.items() if x}
+    told = {f"segment/{name}": sum(x) / len(x) for name, x in columns.items() if x}
+    if useful := columns["identical"].count(False):
+        told["tokens/per_useful_pair"] = sum(columns["new_length"]) / useful
+    return told
 
 
 def ended(tokens: Sequence[int], eos_ids: Collection[int]) -> bool:

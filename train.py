@@ -407,7 +407,8 @@ class Files:
         if source.made:
             append(self.metrics.with_name("pairs.jsonl"), source.made)
         names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
-        names |= {"segment/identical": "same", "grad_norm": "norm", "lr": "lr"}
+        names |= {"segment/identical": "same", "tokens/per_useful_pair": "tokens/pair"}
+        names |= {"grad_norm": "norm", "lr": "lr"}
         shown = " ".join(f"{names[k]} {row[k]:.4g}" for k in names if k in row)
         left = round(pace * (steps - t))
         clock = f"{1 / pace:.2f} steps/s {left // 60}:{left % 60:02} left"
@@ -763,6 +764,10 @@ class Config(sapo.Settings, sgpo.Settings):
     "tokens of prompt and response; longer responses are cut"
     max_prompt_length: Annotated[int, 2, 10**7] | None = None  # [code]: 1792, of 2048
     "rows whose prompt has this many tokens or more are dropped; default: 7/8 of --max-length"
+    sft_first: Whole = 0  # [ours]; the official runs begin from models that were trained so
+    "steps of --method sft on the same rows before the method, into OUT/sft"
+    sft_lr: Positive = 2e-5  # [code], as --method sft has it
+    "peak learning rate of --sft-first"
     # Loss and optimization:
     loss: Literal["dpo", "ipo", "hinge", "orpo"] | None = None  # [code] has dpo and orpo
     "the loss on the pairs; default: dpo, and orpo for --method orpo"
@@ -809,7 +814,8 @@ TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
     "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": [1e-4], "max_length": 128,
     "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.1, "max_new_tokens": 40,
     "segment_length": "8", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
-    "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256,
+    "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256, "sft_lr": 1e-4,
+    "responses_per_prompt": 2, "drop_identical": True,
 }  # fmt: skip
 TASKS_SGPO = TASKS | {
     "method": "sgpo", "lr": [3e-6], "improver_lr": 1e-4, "improver_epochs": 4.0,
@@ -878,6 +884,8 @@ def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
         "adam_beta2": c.optimizer != "adamw",
         "top_k top_p": not c.temperature and not c.improve_temperature,
         "trace_steps": c.trace is None,
+        "sft_first": c.method == "sgpo",
+        "sft_lr": c.method == "sgpo" or not c.sft_first,
         "target_model target_workers target_instruction": target_server(c) is None,
         "target_source fence_k fence_given improver_epochs improver_lr improver_mix": c.improver,
         "model": c.improver and c.method == "sgpo",
@@ -911,8 +919,8 @@ def check(c: Config) -> Config:
         (c.method == "sft" and c.loss, f"--loss {c.loss} needs pairs, and --method sft has none"),
         (c.method == "orpo" and c.loss != "orpo",
          f"--method orpo with --loss {c.loss}: that is --method dpo"),
-        (not sapo_buffer and max(c.sample_every, c.responses_per_prompt) > 1,
-         "--sample-every and --responses-per-prompt above 1 need a --replay-capacity above 0"),
+        (not sapo_buffer and c.sample_every > 1,
+         "--sample-every above 1 needs a --replay-capacity above 0"),
         (0 < sapo_buffer < c.batch_size,
          f"--replay-capacity {c.replay_capacity} is below --batch-size {c.batch_size}: too few"),
         (c.chat_template and not c.model, "--chat-template is for --model, which is not given"),
@@ -1010,13 +1018,19 @@ def run(c: Config, ranks: Ranks) -> None:
     files = Files(ranks, tokenizer, out / "metrics.jsonl", out / "final", c.method)
     files.eval_rows = [row for _, row in read["--eval-data"]]
     files.checkpoints, files.trace, files.on_tasks = out / "checkpoints", trace, on_tasks
-    models = {"start": start, "sft control": out / "control", "improver": out / "improver"}
+    models = {"start": start, "sft control": out / "control", "sft first": out / "sft"}
+    models |= {"improver": out / "improver"}
     if c.method == "sgpo":
         files.beside = {sample.IMPROVER_FILE: json.dumps({"instruction": c.improver_instruction})}
         if c.improver is None:
             files.before, start = train_improver(c, start, read, files), models["improver"]
+    elif c.sft_first:
+        first = dataclasses.replace(files, final=out / "sft", phase="sft")
+        if not first.final.exists():
+            sft(c, start, rows, first, **OWN["sft"] | {"steps": c.sft_first, "lr": [c.sft_lr]})
+        files.before, start = c.sft_first, first.final
     if on_tasks and c.method != "sft" and not models["sft control"].exists():
-        control(c, models["start"], files, files.before + steps)
+        control(c, models["start"], rows[:128], files, files.before + steps)
     learner = Learner(c, start, tokenizer, ranks, *source.roles)
     fit(c, learner, source(rows, learner), files)
     if ranks.first:
@@ -1069,7 +1083,7 @@ def claim(c: Config, ranks: Ranks, saved: dict[str, Any], read: dict[str, Any]) 
     """Takes --out for this run, or checks on resume that it was started alike; makes its trace."""
     out, now = Path(c.out), dataclasses.asdict(c)
     found = {name: functools.reduce(hash_seed, rows, 0) for name, rows in read.items()}
-    made = "start control metrics.jsonl final checkpoints improver improver_targets.jsonl"
+    made = "start control sft metrics.jsonl final checkpoints improver improver_targets.jsonl"
     for path in out.iterdir() if out.is_dir() else ():
         if path.is_symlink():
             raise InputError(f"--out {out} holds a symbolic link, {path.name}: take another folder")
@@ -1111,11 +1125,9 @@ START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in
 }  # fmt: skip
 
 
-def sft(c: Config, start: Path, examples: list[data.Example], files: Files, **how: Any) -> None:
-    """Fine-tunes on built-in rows, as the start and the control are made, with other settings."""
+def sft(c: Config, start: Path, rows: Sequence[Pair], files: Files, **how: Any) -> None:
+    """Fine-tunes on rows' good responses before or beside a method, with these settings changed."""
     alone = dataclasses.replace(c, method="sft", loss=None, nll_weight=1.0, **how)
-    limits = (alone.max_length, alone.max_prompt_length or 0)
-    _, rows, _ = data.encode_examples(examples, files.tokenizer, *limits)
     learner = Learner(alone, start, files.tokenizer, files.ranks)
     fit(alone, learner, sapo.SFT(rows, learner), files)
 
@@ -1128,19 +1140,20 @@ def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) ->
     fresh = Transformer(lm.Config.from_dict(START_MODEL | sizes))
     fresh.init_weights(c.seed)
     examples = data.task_examples("pretrain", START["steps"] * START["batch_size"], c.seed, 0.2)
+    rows = [data.encode_example(tokenizer, example) for example in examples]
     files = Files(ranks, tokenizer, start.with_suffix(".jsonl"), start, "sft")
     with tempfile.TemporaryDirectory() as blank:  # each rank's own
         fresh.save_pretrained(blank)
-        sft(c, Path(blank), examples, files, **START)
+        sft(c, Path(blank), rows, files, **START)
 
 
-def control(c: Config, start: Path, files: Files, steps: int) -> None:
+def control(c: Config, start: Path, rows: Sequence[Pair], files: Files, steps: int) -> None:
     """OUT/control: SFT on the clean set, for as many steps as the method takes in all phases."""
     metrics, final = files.metrics.with_name("control.jsonl"), files.final.with_name("control")
     beside = dataclasses.replace(files, metrics=metrics, final=final, phase="sft", before=0)
     beside.checkpoints, beside.trace, beside.beside = None, None, {}
     rate = [c.improver_lr] if c.method == "sgpo" else c.lr
-    sft(c, start, data.task_examples("clean", 128, c.seed), beside, steps=steps, lr=rate)
+    sft(c, start, rows, beside, steps=steps, lr=rate)
 
 
 def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files: Files) -> int:

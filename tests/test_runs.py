@@ -35,6 +35,7 @@ PLAIN = " --temperature 1 --top-k 0 --top-p 1"
 METHODS = {
     "sapo": split("--segment-length 6 --replay-capacity 16 --ref-update-every 2" + PLAIN),
     "sapo-orpo": split("--method sapo --loss orpo --segment-length full --drop-identical"),
+    "sft-first": split("--sft-first 2 --sft-lr 1e-3 --segment-length 6 --replay-capacity 0"),
     "spin": split("--method spin --rounds 2 --max-new-tokens 16"),
     "sgpo": split("--method sgpo --max-new-tokens 16 --improver-epochs 0.5 --rounds 2" + PLAIN),
     "dpo": split("--method dpo --optimizer adamw --eval-every 2 --eval-data ROWS"),
@@ -96,6 +97,23 @@ def test_every_method_resumes_to_the_bit_from_wherever_it_was_cut(
         assert cuts < 20
     assert cuts >= 2
     same(out, whole(name))
+
+
+def test_sft_first_is_a_run_of_sft_and_then_one_from_what_it_left(
+    whole: Any, tmp_path: Path
+) -> None:
+    first, then = tmp_path / "sft", tmp_path / "then"
+    assert train.main([*flags("sft", first), "--steps", "2", "--lr", "1e-3"]) == 0
+    more = ["--model", str(first / "final"), "--sft-first", "0"]
+    assert train.main([*flags("sft-first", then), *more]) == 0
+    rows, both = metrics(whole("sft-first")), metrics(first) + metrics(then)
+    assert [row["phase"] for row in rows] == ["sft"] * 2 + ["sapo"] * 5
+    assert [row["step"] for row in rows] == [*range(1, 8)]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in both]
+    for name, other in (("sft", first), ("final", then)):
+        expected = weights(other)
+        found = weights(whole("sft-first"), name)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 TERM, INT = signal.SIGTERM, signal.SIGINT

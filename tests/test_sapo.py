@@ -191,6 +191,7 @@ def test_fresh_pairs_are_the_gold_with_the_segment_rewritten_by_the_ema() -> Non
         assert pair.rejected == [*pair.chosen[:start], 7, 8, *pair.chosen[stop:]]
         assert prompt == pair.prompt + pair.chosen[:start]
     assert sapo.metrics["segment/identical"] == 0
+    assert sapo.metrics["tokens/per_useful_pair"] == 2
 
 
 @pytest.mark.parametrize(
@@ -251,6 +252,9 @@ def test_pairs_that_cannot_come_again_are_named() -> None:
     sapo = source([7, 8])
     for t in range(2):
         assert sapo.before_step(t) == sapo.gone == sapo.fresh != []
+    sapo = source([7, 8], responses_per_prompt=3)
+    assert sapo.before_step(0) == sapo.gone == sapo.fresh[:2]
+    assert [pair.prompt for pair in sapo.fresh] == 3 * [pair.prompt for pair in sapo.gone]
 
 
 def test_identical_pairs_are_counted_and_dropped_on_request() -> None:
@@ -262,6 +266,7 @@ def test_identical_pairs_are_counted_and_dropped_on_request() -> None:
         assert sapo.metrics["segment/identical"] == 1
         assert all(pair.chosen == pair.rejected for pair in batch)
         assert len(batch) == len(sapo.buffer) == (0 if drop else 2)
+        assert "tokens/per_useful_pair" not in sapo.metrics
 
 
 def test_held_out_rows_are_rewritten_as_training_rows_and_each_time_alike() -> None:

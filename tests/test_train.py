@@ -509,7 +509,9 @@ def test_a_methods_own_defaults_can_be_changed(method: str, own: dict[str, Any])
         ("--adam-beta2 0.9", "adam-beta2"),
         ("--temperature 0 --top-k 5 --top-p 0.9", "top-k top-p"),
         ("--method spin --gate --rounds 2", "gate"),
-        ("--method dpo --keep-identical", "keep-identical"),
+        ("--method dpo --keep-identical --sft-first 2 --sft-lr 1e-4", "keep-identical"),
+        ("--method sgpo --sft-first 2 --sft-lr 1e-4", "sft-first sft-lr"),
+        ("--sft-lr 1e-4", "sft-lr"),
         ("--method sgpo --optimizer adamw --adam-beta2 0.9 --trace-steps 3", "trace-steps"),
     ],
 )
@@ -548,7 +550,7 @@ BAD_FLAGS = (
 --max-length 1; --max-prompt-length 4; --max-length 16 --max-prompt-length 32: --max-prompt-length
 --steps 3 --epochs 2: --epochs; --unknown 1; --stepz 1; --label-smoothing 0.7; --method magic
 --loss magic; --method sft --loss dpo: --loss; --method orpo --loss dpo: --loss; --recipe magic
---sample-every 2 --replay-capacity 0; --responses-per-prompt 2 --replay-capacity 0
+--sample-every 2 --replay-capacity 0
 --replay-capacity 63: --replay-capacity 63 is below --batch-size 64; --trace x.st --resume
 --chat-template magic; --chat-template llama3: llama3; --date yesterday; --date 2026-02-30
 --data missing.jsonl: missing.jsonl; --eval-data missing.jsonl: missing.jsonl; --data
