@@ -16,15 +16,16 @@ The curve of a method is the upper hull of the start at (0, 0) and its points, e
 starts: the most that is gained where at most so much is forgotten on average, by one run or by
 drawing for each prompt which of two runs answers it. Such a mixture's accuracies lie on the line
 between the two, its KL below it, so that the hull is within reach. Where a method forgets less than
-is allowed, its curve goes on level. The numbers are the mean height of the curve up to a budget
-(its area over the budget) and the height there. The budget of all methods is what SFT forgets where
-it gains most. Less SFT's, with the jackknife's standard error over starts.
+is allowed, its curve goes on level. What begins with SFT has no points below that, only a chord.
+The numbers are the mean height of the curve up to a budget (its area over the budget) and the
+height there, and both less SFT's, with the jackknife's standard error over starts. The budget of
+all methods is what SFT forgets where it gains most.
 
-Why means first: the best of few noisy points lies too high, the more so the more points there are.
-In a simulation with errors of 2 points, 8 starts and one true curve for both, 8 points of SFT lay
-above 4 of the other by 2.7 where each start had its own hull, and 28% of the differences were
-beyond two standard errors; with the hull of the means by 0.9, and 7%; steps in the hull's place
-make 3.2 and 1.8 of it. What is left favours SFT, which has more points.
+Why means first: the best of noisy points lies too high, and the more so the more there are. In a
+simulation of one true curve with errors of 2 points, 8 starts, and 10 points of SFT against 4 of
+the other, SFT lay 4.9 ahead where each start had its own hull, and 2.6 with the hull of the means;
+1.2 of both is that a hull of 4 points is coarser. 4 against 4 came to 0.2. So SFT, of all lengths
+and rates, is a hard control; `--against "SFT, 120 steps"` is the one of as many points.
 """
 
 import argparse
@@ -42,12 +43,13 @@ from typing import Any
 import methods
 from methods import RATES, Arm, Results, Run
 
-# A ladder holds the rates that LAB.md found for its method and, where there is one, a neighbour on
-# either side: 1e-4 and 3e-4 for SFT, SAPO and SGPO's improver, 3e-5 and 1e-4 for SPIN.
-HIGH, MIDDLE, LOW, LOWEST = RATES[3:7], RATES[2:6], RATES[1:5], RATES[:4]
+# LAB.md's rates are 1e-4 and 3e-4 for SFT, SAPO and SGPO's improver, 3e-5 and 1e-4 for SPIN. On
+# one start SAPO on whole responses gains most at 1e-4, and at 1e-3 less for ten times the KL. Those
+# that begin at the pre-trained start have 1e-5 in common: below its lowest point a hull is a chord.
+WIDE, MIDDLE, LOW, LOWEST = RATES[2:7], RATES[2:6], RATES[1:5], RATES[:4]
 FIRST_RATE = 1e-4  # of what others begin with
 CONTROL = "SFT"
-FORGOTTEN = {"lost": "greedy accuracy lost, points", "kl": "KL, nats"}
+FORGOTTEN = ("lost", "kl")
 Points = Sequence[tuple[float, float]]  # (forgotten, gained)
 
 
@@ -78,11 +80,12 @@ def in_short(lengths: Sequence[int], **which: Any) -> Methods:
     sft = {n: methods.sft(n, **which) for n in lengths}
     whole = Arm({"segment_length": "full"}, seconds=20, **which)
     return {
-        CONTROL: Method(tuple(sft.values()), HIGH),
+        CONTROL: Method(tuple(sft.values()), WIDE),
+        "SFT, 120 steps": Method((sft[120],), MIDDLE),
         "SPIN": Method((Arm({"method": "spin"}, seconds=10, **which),), MIDDLE),
-        "SAPO": Method((Arm(seconds=15, **which),), HIGH),
-        "SAPO whole": Method((whole,), HIGH),
-        "SFT, then SAPO whole": Method((whole,), MIDDLE, sft[60]),
+        "SAPO": Method((Arm(seconds=15, **which),), MIDDLE),
+        "SAPO whole": Method((whole,), MIDDLE),
+        "SFT, then SAPO whole": Method((whole,), LOW, sft[60]),
     }
 
 
@@ -92,12 +95,12 @@ def in_full() -> Methods:
     (whole,), sft = curves["SAPO whole"].arms, curves[CONTROL].arms
     for name in ("on-policy", "no-ema", "no-replay", "fixed-reference"):
         arm = replace(whole, flags=whole.flags | methods.sapo.ABLATIONS[name])
-        curves[f"SAPO whole, {name}"] = Method((arm,), HIGH)
+        curves[f"SAPO whole, {name}"] = Method((arm,), MIDDLE)
     as_it_was = Arm({"responses_per_prompt": 1, "drop_identical": False}, seconds=15)
-    curves["SAPO, as it was"] = Method((as_it_was,), HIGH)
-    curves["SAPO + NLL"] = Method((Arm({"nll_weight": 1.0}, seconds=15),), HIGH)
+    curves["SAPO, as it was"] = Method((as_it_was,), MIDDLE)
+    curves["SAPO + NLL"] = Method((Arm({"nll_weight": 1.0}, seconds=15),), MIDDLE)
     improver, sgpo = methods.improver_and("", ["sgpo"], {}).values()
-    curves["SGPO, improver"] = Method((improver,), HIGH)
+    curves["SGPO, improver"] = Method((improver,), WIDE)
     curves["SGPO"] = Method((sgpo,), LOWEST, improver)
     curves["SFT, then SPIN"] = replace(curves["SPIN"], rates=LOW, first=sft[0])
     curves["SFT, then SFT"] = Method((sft[1],), MIDDLE, sft[0])
@@ -116,7 +119,8 @@ SETTINGS = {
 
 def starts_of(curves: Methods, seeds: Sequence[int]) -> list[Run]:
     """The measurements of the starts."""
-    return [methods.untrained({"": curves[CONTROL].arms[0]}, seed, "test") for seed in seeds]
+    some = next(iter(curves.values()))
+    return [methods.untrained({"": some.arms[0]}, seed, "test") for seed in seeds]
 
 
 def plan(curves: Methods, results: Results, seeds: Sequence[int]) -> str:
@@ -191,15 +195,16 @@ def curve(points: Sequence[Mapping[str, Any]], kind: str, left_out: int | None =
 
 def budget_of(told: Mapping[str, Any], kind: str) -> float:
     """What the control forgets where it gains most; 0 if it forgets nothing there."""
-    return max(0.0, max(curve(told["curves"][CONTROL], kind), key=lambda point: point[1])[0])
+    points = curve(told["curves"][told["control"]], kind)
+    return max(0.0, max(points, key=lambda point: point[1])[0])
 
 
 def compared(told: Mapping[str, Any], name: str, kind: str, number: Any) -> tuple[float, ...]:
     """A curve's `mean_gain` or `gain_at`; that less the control's; the standard error of this."""
-    budget, curves = told["budgets"][kind], told["curves"]
+    budget, curves, control = told["budgets"][kind], told["curves"], told["control"]
 
     def of(left_out: int | None) -> tuple[float, float]:
-        one, other = (number(curve(curves[n], kind, left_out), budget) for n in (name, CONTROL))
+        one, other = (number(curve(curves[n], kind, left_out), budget) for n in (name, control))
         return one, one - other
 
     starts = range(len(told["starts"]))
@@ -210,11 +215,11 @@ def compared(told: Mapping[str, Any], name: str, kind: str, number: Any) -> tupl
 def report(told: Mapping[str, Any]) -> str:
     """The table in Markdown, a row a curve; * is beyond two standard errors."""
     lost, kl = (told["budgets"][kind] for kind in FORGOTTEN)
-    heads = [
-        f"{how} {x}" for x in (f"{lost:.1f} points", f"{kl:.2f} nats") for how in ("up to", "at")
-    ]
-    heads = [x for head in heads for x in (head, f"\N{MINUS SIGN} {CONTROL}")]
-    heads = ["points", "most", *heads, "seconds", "tokens"]
+    heads = ["points", "most"]
+    for budget in (f"{lost:.1f} points", f"{kl:.2f} nats"):
+        for how in ("up to", "at"):
+            heads += [f"{how} {budget}", f"\N{MINUS SIGN} {told['control']}"]
+    heads += ["seconds", "tokens"]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, points in told["curves"].items():
         gains = [y for _, y in curve(points, "kl")]
@@ -224,13 +229,15 @@ def report(told: Mapping[str, Any]) -> str:
                 value, less, error = compared(told, name, kind, number)
                 star = " *" * (abs(less) > 2 * error)
                 cells += [f"{value:.1f}", f"{less:+.1f} ± {error:.1f}{star}"]
-                cells[-1] = "" if name == CONTROL else cells[-1]
+                cells[-1] = "" if name == told["control"] else cells[-1]
         for key in ("seconds", "generated"):
             cells.append(f"{statistics.fmean(point[key] for point in points):.0f}")
         lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
-    count = len(told["starts"])
-    return "\n".join([f"{told['setting']}: {count} starts, gains in points of accuracy at T = 1 on "
-                      "seen kinds where so much is forgotten", "", *lines])  # fmt: skip
+    title = (
+        f"{told['setting']}: {len(told['starts'])} starts; points of accuracy that are gained at "
+    )
+    title += "T = 1 on seen kinds where so much is forgotten"
+    return "\n".join([title, "", *lines])
 
 
 # ---------------------------------------------------------------------------------------- the whole
@@ -242,7 +249,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/methods"))
     parser.add_argument("--setting", nargs="+", default=["frontier"], choices=SETTINGS)
     parser.add_argument("--seeds", type=int, default=5, help="how many starts [5]")
-    parser.add_argument("--only", nargs="+", metavar="CURVE", help=f"these, and {CONTROL}")
+    parser.add_argument("--only", nargs="+", metavar="CURVE", help="these, and --against")
+    parser.add_argument("--against", default=CONTROL, metavar="CURVE", help="the control [SFT]")
     parser.add_argument("--budget", nargs=2, type=float, metavar=("POINTS", "NATS"))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--list", action="store_true", help="the curves and their cost")
@@ -250,10 +258,10 @@ def main(argv: Sequence[str]) -> None:
     seeds, results = list(methods.TEST[: args.seeds]), Results(args.out, args.workers)
     for setting in args.setting:
         curves = SETTINGS[setting]
-        if args.only:
-            if unknown := {*args.only} - curves.keys():
-                parser.error(f"no curve of {setting}: {', '.join(sorted(unknown))}")
-            curves = {n: m for n, m in curves.items() if n in (CONTROL, *args.only)}
+        wanted = {args.against, *(args.only or curves)}
+        if unknown := wanted - curves.keys():
+            parser.error(f"no curve of {setting}: {', '.join(sorted(unknown))}")
+        curves = {name: curves[name] for name in curves if name in wanted}
         print(f"\n## {setting}: {'; '.join(curves)}\n{plan(curves, results, seeds)}", flush=True)
         if args.list:
             continue
@@ -262,7 +270,7 @@ def main(argv: Sequence[str]) -> None:
             runs = [run for method in curves.values() for run in method.runs(seed)]
             results.need(run for run in runs if not run.base)
             results.need(run for run in runs if run.base)
-            told = gather(setting, curves, results, seeds[:n])
+            told = gather(setting, curves, results, seeds[:n]) | {"control": args.against}
             found = args.budget or [budget_of(told, kind) for kind in FORGOTTEN]
             told["budgets"] = dict(zip(FORGOTTEN, found, strict=True))
             (args.out / f"{setting}.json").write_text(json.dumps(told, indent=1) + "\n")
