@@ -3,17 +3,21 @@
 import collections
 import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+import torch
 from helpers import GOLDEN, script
 
 import data
 from data import Pair
 
 methods = script("methods")
+frontier = script("frontier")
 open_ended = methods.open_ended
 
 
@@ -189,3 +193,129 @@ def test_a_rejected_side_is_as_good_where_the_checker_says_so_and_equal_sides_do
     pairs = [Pair(asked, encode(chosen), encode(rejected)) for chosen, rejected in texts]
     with open_ended.stand_in():
         assert methods.as_good(pairs, tokenizer) == [1.0, 0.0, 1.0]
+
+
+def test_the_height_of_a_hull_and_its_mean_are_those_worked_by_hand():
+    # From (0, 0) to (2, 10) and on to (6, 14), over (3, 8), (4, 11); level behind; (7, 12) is lower
+    points = [(0.0, 0.0), (7.0, 12.0), (4.0, 11.0), (2.0, 10.0), (3.0, 8.0), (6.0, 14.0)]
+    heights = {0.0: 0.0, 1.0: 5.0, 2.0: 10.0, 4.0: 12.0, 6.0: 14.0, 6.5: 14.0, 9.0: 14.0}
+    assert {x: frontier.gain_at(points, x) for x in heights} == heights
+    # areas 2 * 10 / 2 = 10, 2 * (10 + 12) / 2 = 22; 4 * (10 + 14) / 2 = 48 and 2 * 14 = 28
+    assert frontier.mean_gain(points, 4.0) == pytest.approx((10 + 22) / 4)
+    assert frontier.mean_gain(points, 8.0) == pytest.approx((10 + 48 + 28) / 8)
+    # what forgets less than nothing: from (-1, 4) to (1, 8), so 6 at 0, and the mean 7 up to 1
+    points = [(0.0, 0.0), (-1.0, 4.0), (1.0, 8.0)]
+    assert (frontier.gain_at(points, 0.0), frontier.mean_gain(points, 1.0)) == (6.0, 7.0)
+    assert frontier.mean_gain(points, 0.0) == 6.0
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    values = [1.0, 2.0, 6.0, 4.0]
+    without = [statistics.fmean(values[:i] + values[i + 1 :]) for i in range(4)]
+    assert frontier.jackknife(without) == pytest.approx(statistics.stdev(values) / 2)
+    assert math.isnan(frontier.jackknife([3.0]))
+
+
+def told(**curves: list[tuple[list[float], list[float]]]) -> dict[str, Any]:
+    """What frontier.py writes: of each curve (gains, KLs) of its points."""
+    rows = {
+        name: [
+            {"gain": gain, "kl": kl, "lost": [4 * x for x in kl], "seconds": 9.0, "generated": 70}
+            for gain, kl in points
+        ]
+        for name, points in curves.items()
+    }
+    starts = [*range(len(next(iter(curves.values()))[0][0]))]
+    made = {"setting": "s", "starts": starts, "curves": rows, "control": "SFT"}
+    return made | {"budgets": {kind: frontier.budget_of(made, kind) for kind in ("lost", "kl")}}
+
+
+def test_curves_are_compared_up_to_what_sft_forgets_where_it_gains_most():
+    level = [([9.0, 11.0, 13.0], [1.0, 1.0, 1.0]), ([21.0, 19.0, 17.0], [2.0, 3.0, 1.0])]
+    found = told(SFT=level, SAPO=[([18.0, 19.0, 20.0], [1.0, 1.0, 1.0])])
+    assert found["budgets"] == {"lost": 8.0, "kl": 2.0}
+    assert frontier.curve(found["curves"]["SFT"], "kl") == [(0, 0), (1, 11), (2, 19)]
+    assert frontier.curve(found["curves"]["SFT"], "kl", left_out=1) == [(0, 0), (1, 11), (1.5, 19)]
+    assert frontier.compared(found, "SFT", "kl", frontier.mean_gain) == (10.25, 0, 0)
+    # SAPO: from (0, 0) to (1, 19), level from there: 19 at 2 as SFT's, and (9.5 + 19) / 2 up to it
+    value, less, error = frontier.compared(found, "SAPO", "lost", frontier.mean_gain)
+    assert (value, less) == (14.25, 4.0) and error > 0
+    assert frontier.compared(found, "SAPO", "kl", frontier.gain_at)[:2] == (19, 0)
+    rows = [line.strip("| ").split(" | ") for line in frontier.report(found).splitlines()]
+    assert rows[-1][:5] == ["**SAPO**", "1", "+19.0", "14.2", f"+4.0 ± {error:.1f} *"]
+    assert rows[-2][:4] == ["**SFT**", "2", "+19.0", "10.2"]
+    nothing = told(SFT=[([5.0], [-1.0])], SAPO=[([4.0], [1.0])])
+    assert nothing["budgets"] == {"lost": 0.0, "kl": 0.0}
+    assert "nan" in frontier.report(nothing)  # of one start
+
+
+def test_the_curves_of_the_frontier_make_sense_and_share_what_they_begin_with():
+    for setting, curves in frontier.SETTINGS.items():
+        assert next(iter(curves)) == frontier.CONTROL, setting
+        for method in curves.values():
+            runs = method.runs(2)
+            assert [methods.config_of(run).lr for run in runs] == [[run.rate] for run in runs]
+            assert len({run.key for run in runs}) == len(runs)
+            based = [run for run in runs if run.base]
+            assert all(run.base == runs[0] for run in based)
+            assert {run.start for run in runs} == {frontier.starts_of(curves, [2])[0].start}
+        shared = [run.key for run in curves["SFT, then SAPO whole"].runs(2)]
+        assert shared[0] in [run.key for run in curves["SFT"].runs(2)]
+
+
+def test_the_numbers_of_a_curve_are_less_the_start_and_with_the_cost_of_what_came_before(
+    tmp_path: Path,
+):
+    first, arm = methods.sft(60), methods.Arm()
+    curves = {
+        "SFT": frontier.Method((first,), (1e-4,)),
+        "X": frontier.Method((arm,), (1e-5,), first),
+    }
+    results = methods.Results(tmp_path, 1)
+    values = {"seconds": 0.0, "generated": 0, "kl": 0.0, "seen/1": 30.0, "unseen/0": 80.0}
+    for seed in (2, 3):
+        results.add(frontier.starts_of(curves, [seed])[0], values | {"score": 1.0})
+        base, run = curves["X"].runs(seed)
+        change = {"seconds": 2.0, "kl": 0.5, "seen/1": 40.0 + seed, "unseen/0": 78.0}
+        results.add(base, values | change)
+        results.add(run, values | change | {"kl": 1.0, "unseen/0": 81.0, "generated": 9})
+    assert "and 0 runs" in frontier.plan(curves, results, [2, 3])
+    assert "and 2 runs" in frontier.plan(curves, results, [2, 3, 4])
+    found = frontier.gather("s", curves, results, [2, 3])["curves"]
+    assert found["SFT"] == found["X"][:1]
+    assert found["X"][1] == {
+        "rate": 1e-5, "steps": 120, "gain": [12.0, 13.0], "lost": [-1.0, -1.0], "kl": [1.0, 1.0],
+        "seconds": 4.0, "generated": 9.0,
+    }  # fmt: skip
+
+
+def test_the_kl_from_itself_is_none_and_from_another_is_the_mean_over_samples():
+    model, tokenizer = (load(GOLDEN / "start") for load in (
+        methods.Transformer.from_pretrained, data.load_tokenizer
+    ))  # fmt: skip
+    examples = data.task_examples("test", 8, 1)
+    prompts = [data.encode_example(tokenizer, example).prompt for example in examples]
+    assert methods.kl(model, model, prompts, tokenizer.eos_ids, 1) == 0.0
+    other = methods.Transformer(model.config)
+    other.init_weights(1)
+    new = methods.generate(other, prompts, 48, eos_ids=tokenizer.eos_ids, seed=1)
+
+    def logp(one: Any, prompt: list[int], answer: list[int]) -> float:
+        logits = one(torch.tensor([[*prompt, *answer]]))[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum().item()
+
+    both = list(zip(prompts, new, strict=True))
+    hand = statistics.fmean(logp(other, x, y) - logp(model, x, y) for x, y in both)
+    found = methods.kl(other, model, prompts, tokenizer.eos_ids, 1)
+    assert found == pytest.approx(hand, rel=1e-4) and found > 1
+
+
+def test_the_picture_of_the_frontier_names_its_curves_and_is_the_same_each_time(tmp_path: Path):
+    points = [([9.0, 11.0], [1.0, 1.2]), ([21.0, 19.0], [2.0, 3.0])]
+    found, drawn = told(SFT=points, SPIN=points[:1]), []
+    for _ in range(2):
+        script("pictures").write("frontier.svg", found, tmp_path)
+        drawn.append((tmp_path / "frontier.svg").read_text())
+    assert drawn[0] == drawn[1]
+    assert all(f">{name}<" in drawn[0] for name in ("SFT", "SPIN"))
+    assert "2 starts" in drawn[0]

@@ -348,7 +348,9 @@ def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
     if run.rate:
         told["seconds"] = time.process_time() - began
         model = Transformer.from_pretrained(folder / "final")
-    told |= measure(model, tokenizer, run.seed, run.split) | {"generated": tokens["generated"]}
+    before = Transformer.from_pretrained(start)
+    told |= measure(model, before, tokenizer, run.seed, run.split)
+    told["generated"] = tokens["generated"]
     told |= {"computed": tokens["tokens/policy"] + tokens["tokens/reference"]}
     means = {key: statistics.fmean(values) for key, values in logged.items() if values}
     shares = judge.by_checker([*train.json_lines(folder / "pairs.jsonl")])
@@ -357,10 +359,10 @@ def train_and_measure(run: Run, out: Path) -> dict[str, Any]:
 
 
 def measure(
-    model: Transformer, tokenizer: data.Tokenizer, seed: int, split: str
+    model: Transformer, before: Transformer, tokenizer: data.Tokenizer, seed: int, split: str
 ) -> dict[str, float]:
-    """Exact match (of open-ended tasks: quality) in % at each temperature, their mean, and the
-    gold's log-prob per response."""
+    """Exact match (of open-ended tasks: quality) in % at each temperature, their mean, the gold's
+    log-prob per response, and `kl`."""
     told: dict[str, float] = {}
     for t in TEMPERATURES:
         shares = sample.task_accuracy(model, tokenizer, seed, t, split)
@@ -374,7 +376,20 @@ def measure(
     for name, wanted in (("seen", True), ("unseen", False)):
         found = [logp for logp, is_seen in zip(logps, seen, strict=True) if is_seen == wanted]
         told[f"logp/{name}"] = statistics.fmean(found)
-    return told
+    prompts = [pair.prompt for pair in pairs]
+    return told | {"kl": kl(model, before, prompts, tokenizer.eos_ids, hash_seed(seed, "kl"))}
+
+
+@torch.no_grad()
+def kl(
+    model: Transformer, before: Transformer, prompts: Sequence[list[int]], eos_ids: Sequence[int],
+    seed: int,
+) -> float:  # fmt: skip
+    """KL(model || before) in nats a response, from a sample of the model's at temperature 1 to each
+    prompt; near 0 it may come out below."""
+    new = generate(model, [*prompts], 48, eos_ids=eos_ids, seed=seed, batch_size=512)
+    pairs = [data.Pair(x, y, []) for x, y in zip(prompts, new, strict=True)]
+    return float((pair_logprobs(model, pairs)[0] - pair_logprobs(before, pairs)[0]).mean())
 
 
 def pretrain(run: Run, out: Path) -> None:

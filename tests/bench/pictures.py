@@ -1,6 +1,7 @@
 """The README's pictures, from runs of the product's own commands.
 
     python tests/bench/pictures.py --out DIR                  # about 4 minutes for each seed
+    python tests/bench/pictures.py --frontier DIR/frontier.json    # which frontier.py has written
 
 DIR/SEED holds the runs of a seed: its start, then SAPO, SFT and SGPO from that start. What is there
 is not run again, so that a call that was cut goes on; `--starts OTHER` takes the start from there.
@@ -23,6 +24,7 @@ from xml.sax.saxutils import escape
 os.environ["OMP_NUM_THREADS"] = "1"  # sums that do not depend on the cores
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import frontier
 import judge
 import matplotlib
 import torch
@@ -47,6 +49,9 @@ HOW = {0: "greedy", 1: "T = 1"}
 GREY, PURPLE, GREEN, RED, BLUE = "#808080", "#8e5ea2", "#2e8b57", "#d1495b", "#3b76c4"
 PARTS = {"x": GREY, "A": PURPLE, "B": GREEN, "B'": RED, "C": BLUE}
 METHOD = {"start": GREY, "improver": "#d9a400", "SAPO": BLUE, "SGPO": BLUE, "SFT control": RED}
+COLORS = (RED, "#d9a400", GREEN, BLUE, PURPLE, GREY)  # the frontier's curves, SFT first
+CURVES = ("SFT", "SPIN", "SAPO", "SAPO whole", "SFT, then SAPO whole")
+FORGOTTEN = {"lost": "greedy accuracy lost, points", "kl": "nats a response"}
 NO_DATE = {"Date": None, "Creator": None}
 STYLE = {
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
@@ -279,8 +284,39 @@ def draw_losses(_: Any = None) -> Figure:
     return figure
 
 
+def draw_frontier(told: dict[str, Any]) -> Figure:
+    """What is gained against what is forgotten: a curve a method, a point a rate (and length)."""
+    count = len(told["starts"])
+    title = f"What is gained against what is forgotten: {count} starts, mean and standard error"
+    figure, axes = panels(330, [list(FORGOTTEN)], title)
+    for kind, label in FORGOTTEN.items():
+        budget = told["budgets"][kind]
+        far = 1.4 * budget or 1.0
+        for name, color in zip(told["curves"], COLORS, strict=False):
+            points = told["curves"][name]
+            hull = frontier.curve(points, kind)
+            for point, (x, y) in zip(points, hull[1:], strict=True):
+                wide, high = (stderr(point[key]) for key in (kind, "gain"))
+                axes[kind].errorbar(x, y, high, wide, "o", color=color, markersize=4, linewidth=0.8)
+            knots = [0.0, *sorted(x for x, _ in hull if 0 < x < far), far]
+            heights = [frontier.gain_at(hull, x) for x in knots]
+            axes[kind].plot(knots, heights, color=color, linewidth=2, label=name)
+        axes[kind].axvline(budget, color=GREY, linewidth=0.8, linestyle="dotted")
+        axes[kind].set(xlabel=label, xlim=(-0.1 * far, far), ylim=(0, None))
+    first, second = axes.values()
+    first.set(ylabel="gained at T = 1 on seen kinds", title="forgotten: greedily, on unseen kinds")
+    second.set(title="forgotten: KL from the start")
+    second.legend(loc="lower right")
+    return figure
+
+
+def stderr(values: Sequence[float]) -> float:
+    """Of a mean; of one value there is none."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
 PICTURES: dict[str, Any] = {"pair.svg": draw_pair, "sapo.svg": draw_sapo, "sgpo.svg": draw_sgpo}
-PICTURES["losses.svg"] = draw_losses
+PICTURES |= {"losses.svg": draw_losses, "frontier.svg": draw_frontier}
 
 
 def write(name: str, runs: Any, folder: Path) -> None:
@@ -299,16 +335,23 @@ def write(name: str, runs: Any, folder: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """Trains, measures, draws."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="the runs")
+    parser.add_argument("--out", type=Path, help="the runs")
     parser.add_argument("--starts", type=Path, help="a folder of SEED/start; default: --out")
     parser.add_argument("--seeds", type=int, nargs="+", default=(42, 1, 2))
+    parser.add_argument("--frontier", type=Path, help="draw frontier.svg, of frontier.py's numbers")
+    parser.add_argument("--curves", nargs="+", metavar="CURVE", default=CURVES)
     args = parser.parse_args(argv)
-    runs = Runs(args.out.resolve(), (args.starts or args.out).resolve(), args.seeds)
-    for seed in args.seeds:
-        runs.make(seed)
     FOLDER.mkdir(exist_ok=True)
-    for name in PICTURES:
-        write(name, runs, FOLDER)
+    if args.frontier:
+        told = json.loads(args.frontier.read_text())
+        told["curves"] = {n: told["curves"][n] for n in args.curves}
+        write("frontier.svg", told, FOLDER)
+    if args.out:
+        runs = Runs(args.out.resolve(), (args.starts or args.out).resolve(), args.seeds)
+        for seed in args.seeds:
+            runs.make(seed)
+        for name in PICTURES.keys() - {"frontier.svg"}:
+            write(name, runs, FOLDER)
 
 
 if __name__ == "__main__":
