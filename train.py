@@ -1113,13 +1113,14 @@ def claim(c: Config, ranks: Ranks, saved: dict[str, Any], read: dict[str, Any]) 
 
 START: dict[str, Any] = {  # how the built-in start is trained: an SFT run like any other
     "steps": 1800, "batch_size": 32, "micro_batch_size": 32,
-    "lr": [4e-3], "optimizer": "adamw", "adam_beta2": 0.98, "warmup": 80.0, "schedule": "linear",
+    "lr": [2e-3], "optimizer": "adamw", "adam_beta2": 0.98, "warmup": 80.0, "schedule": "linear",
     "weight_decay": 0.0, "max_grad_norm": 1.0, "log_every": 50, "eval_every": 0,
     "save_dtype": "fp32", "max_length": 128, "max_prompt_length": 128, "precision": "fp32",
 }  # fmt: skip
-START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in place of 65%
+START_MODEL = {  # RoPE base 100, for short rows: 10,000 gave a prototype 22% in place of 65%. With
+    # 3 layers, or 4e-3, what a seed gave differed more: scores after SFT of 41 to 79 in place of 71
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
-    "intermediate_size": 168, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "intermediate_size": 168, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 100.0,
     "tie_word_embeddings": True, "max_position_embeddings": 2048, "hidden_act": "silu",
 }  # fmt: skip
