@@ -1,10 +1,13 @@
 """The checker, the rule of selection and the paired errors of tests/bench/commongen.py."""
 
 import math
+import types
 from typing import Any
 
 import pytest
-from helpers import script
+from helpers import GOLDEN, script
+
+import data
 
 commongen = script("commongen")
 
@@ -38,6 +41,26 @@ def test_rejected_sides_are_what_their_name_says() -> None:
     assert rows["oracle"] == [{"chosen": "A cat sat.", "rejected": "It sits."}]
     assert rows["checked"] == [{"response": own[0], "improved": own[3]}]
     assert not commongen.training_rows(row, "", "", own[:1])["oracle"]
+
+
+def test_checked_pairs_are_those_whose_rejected_side_lacks_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = data.load_tokenizer(GOLDEN / "start")
+    prompt = commongen.prompt_of(tokenizer, {"words": [["cat", "N"], ["sit", "V"]]})
+    sides = [[*tokenizer.encode(x), tokenizer.eos_ids[0]] for x in ("Cats sat.", "Cats run.")]
+    pairs = [data.Pair(prompt, sides[0], side) for side in sides]
+    monkeypatch.setattr(commongen.sapo.SAPO, "spoil", lambda *_: pairs)
+    source = object.__new__(commongen.Checked)
+    source.run = types.SimpleNamespace(tokenizer=tokenizer)
+    assert source.spoil([]) == pairs[1:]
+
+
+def test_the_estimate_counts_each_step_that_is_to_be_made() -> None:
+    flags = "--train a --dev b --rows 160 --steps 10 --rates 2 --seeds 1 --parts 2 --arms spin"
+    args = commongen.parse(flags.split())
+    steps = 3 * (2 * 10 * 6 + 10 * (6 + 14))  # 2 epochs of 10 steps, SFT continued, SPIN
+    assert commongen.estimate(args) == pytest.approx(steps / 3600)
 
 
 def told(greedy: float, warm: float, **more: float) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from real import once
 from smollm2 import smollm2_folder
 
 import data
+import sapo
 import train
 from data import Pair
 from model import Transformer, generate, hash_seed, pair_logprobs
@@ -58,6 +59,8 @@ AT_ONE = 300  # sets that are also answered at temperature 1
 BATCH, TOKENS = 16, 48  # pairs a step, and tokens of an answer at most
 ASKED = "Write one short sentence that uses all of these words: "
 WORD = re.compile(r"[^\W\d_]+")
+# Of one core, a step of 16 pairs with what it generates; for the estimate alone.
+SECONDS = {"sft": 6, "dpo": 9, "sapo": 12, "spin": 14, "sgpo": 14}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # samples of the model as it is
@@ -67,13 +70,17 @@ WHOLE = SAPO | {"segment_length": "full"}
 SPIN = {"method": "spin", "rounds": 2, "max_new_tokens": TOKENS}
 SGPO = PLAIN | {"method": "sgpo", "improve_temperature": 0.0, "improver_epochs": 1.0}
 SGPO |= {"max_new_tokens": TOKENS, "max_length": 256}
-# An arm: its rows (`training_rows`), and train.py's flags. "times": so many times the steps.
+# An arm: its rows (`training_rows`), and train.py's flags. "times": so many times the steps; those
+# of SFT are for equal time. "checked": SAPO without the pairs whose rejected side has all words.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft continued": ("gold", {"method": "sft"}),
+    "sft, twice as long": ("gold", {"method": "sft", "times": 2}),
     "sft, 4 times as long": ("gold", {"method": "sft", "times": 4}),
     "sft, all references": ("all", {"method": "sft"}),
     "sapo": ("gold", SAPO),
     "sapo whole": ("gold", WHOLE),
+    "sapo checked": ("gold", SAPO | {"checked": True}),
+    "sapo whole checked": ("gold", WHOLE | {"checked": True}),
     "sapo no-ema": ("gold", SAPO | {"ema_decay": 0.0}),
     "sapo no-replay": ("gold", SAPO | {"replay_capacity": 0}),
     "sapo + nll": ("gold", SAPO | {"nll_weight": 1.0}),
@@ -294,10 +301,22 @@ def write_rows(start: Run, out: Path) -> None:
 # --------------------------------------------------------------------------- training and measuring
 
 
+class Checked(sapo.SAPO):
+    """SAPO that keeps only the pairs whose rejected side lacks a word: a checker's worth."""
+
+    def spoil(self, *args: Any) -> list[Pair]:
+        """Of the new pairs those."""
+        tokenizer, kept = self.run.tokenizer, []
+        for pair in super().spoil(*args):
+            prompt, text = tokenizer.decode(pair.prompt), tokenizer.response_text(pair.rejected)
+            kept += [] if check_prompt(prompt, text) else [pair]
+        return kept
+
+
 def flags_of(run: Run, out: Path) -> list[str]:
     """train.py's. SGPO has half of the steps for its improver: two rows for each of so many drafts,
     of which it needs no more; and one rate for both phases."""
-    sizes, flags = run.sizes, dict(run.flags)
+    sizes, flags = run.sizes, {k: v for k, v in run.flags.items() if k != "checked"}
     is_arm = run.base is not None and run.name != "start"
     rows = out / "rows" / (run.base.key if run.base and is_arm else f"of-{run.key}")
     if not is_arm:
@@ -327,11 +346,12 @@ def train_run(run: Run, out: Path) -> Told:
     clock, folder = time.perf_counter if DEVICE == "cuda" else time.process_time, run.folder(out)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut
     folder.parent.mkdir(parents=True, exist_ok=True)
-    began = clock()
+    began, kind = clock(), Checked if "checked" in run.flags else sapo.SAPO
     with (
         Path(f"{folder}.log").open("w", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),
         mock.patch.object(data, "check_answer", check_prompt),  # for `rejected/as_good`
+        mock.patch.dict(train.SOURCES, {"sapo": (kind, sapo.Settings)}),
         methods.metered() as (tokens, logged),
     ):
         failed = train.main(flags_of(run, out))
@@ -615,9 +635,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def estimate(args: argparse.Namespace) -> float:
+    """Hours of one core on a CPU, if three rates are tried; measuring, a tenth or so, not in it."""
+    seeds, tried = 0 if args.quick else args.seeds, min(args.rates, 3)
+    epochs = sum(EPOCHS[: args.parts]) * (tried + seeds)
+    flags = [ARMS[name][1] for name in args.arms]
+    arms = sum(x.get("times", 1) * SECONDS[x["method"]] for x in flags) * args.steps
+    return (epochs * args.rows / BATCH * SECONDS["sft"] + arms * (tried + seeds)) / 3600
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Chooses the start, rates and temperatures, runs the table's seeds, prints."""
     args = parse(argv)
+    if DEVICE == "cpu":
+        print(f"about {estimate(args):.1f} hours of one core, less what {args.out} has", flush=True)
     seeds = [TUNING] if args.quick else range(TUNING + 1, TUNING + 1 + args.seeds)
     if args.quick:
         print("--quick: the table's one seed is the one that chose; this says little")
