@@ -990,11 +990,14 @@ def run(c: Config, ranks: Ranks) -> None:
     """Reads the data, makes or takes the start, trains, and says what came of it."""
     out, on_tasks = Path(c.out), c.data is None and not (c.improver and c.preference_data)
     torch.set_float32_matmul_precision("medium" if c.precision == "medium" else "highest")
-    if c.resume and (out / "final").exists():
-        print(f"{out} holds a finished run: nothing to resume")
-        return
     args = out / "args.json"
     saved = lm.read_json(args) if c.resume and args.is_file() and not args.is_symlink() else {}
+    if c.resume and (out / "final").exists():
+        if (c.steps or 0, c.epochs) <= (saved.get("steps") or 0, saved.get("epochs", c.epochs)):
+            print(f"{out} holds a finished run: nothing to resume; more --steps go on with it")
+            return
+        if not [*out.glob("checkpoints/step-*")]:
+            raise InputError(f"{out} is finished, and has no checkpoint to go on from: --save-every")
     now = torch.tensor(time.time() * ranks.first, dtype=torch.float64, device=ranks.device)
     c.date = c.date or saved.get("date", datetime.fromtimestamp(int(ranks.sum(now))).isoformat())
     with lm.reading(f"--date {c.date}"):
@@ -1035,6 +1038,7 @@ def run(c: Config, ranks: Ranks) -> None:
     fit(c, learner, source(rows, learner), files)
     if ranks.first:
         (out / ".generated.jsonl").unlink(missing_ok=True)
+        write_rows(args, [dataclasses.asdict(c) | {"inputs": lm.read_json(args)["inputs"]}])
         if on_tasks:
             models = {name: folder for name, folder in models.items() if folder.exists()}
             sample.print_accuracies(models | {c.method: files.final}, tokenizer, c.seed)

@@ -116,6 +116,25 @@ def test_sft_first_is_a_run_of_sft_and_then_one_from_what_it_left(
         assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize("name", ["sapo", "sgpo", "sft-first"])
+def test_a_finished_run_goes_on_with_more_steps_from_its_last_checkpoint(
+    name: str, whole: Any, tmp_path: Path, capsys: Any
+) -> None:
+    out = shutil.copytree(whole(name), tmp_path / "run")
+    before, more = metrics(out), flags(name, out, "--steps", 8, "--resume")
+    steps = before[-1]["step"] + (6 if name == "sgpo" else 3)  # two rounds of eight
+    assert train.main(more) == 0
+    assert [row["step"] for row in metrics(out)] == [*range(1, steps + 1)]
+    assert metrics(out)[:4] == before[:4]
+    weighed = weights(out)
+    assert train.main(more) == 0
+    assert "finished" in capsys.readouterr().out.splitlines()[-1]
+    shutil.rmtree(out / "checkpoints")
+    assert train.main([*more, "--steps", "9"]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert all(torch.equal(value, weighed[key]) for key, value in weights(out).items())
+
+
 TERM, INT = signal.SIGTERM, signal.SIGINT
 
 
