@@ -53,11 +53,10 @@ from model import Transformer, generate, hash_seed, pair_logprobs
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST, CONTROL = "first", "sft-continued"
-SAPO = {"method": "sapo", "segment_length": 64}
 ARMS: dict[str, dict[str, Any]] = {  # train.py's flags, beside those of `Lab.flags`
     CONTROL: {"method": "sft"},
-    "sapo": SAPO,
-    "sapo-whole": SAPO | {"segment_length": "full"},
+    "sapo": {"method": "sapo"},
+    "sapo-whole": {"method": "sapo", "segment_length": "full"},
     "spin": {"method": "spin", "rounds": 2},
     "sgpo-gold": {"method": "sgpo", "target_source": "gold", "improver_epochs": 1},
 }
@@ -164,7 +163,8 @@ class Lab:
         self.examples = split(args, self.tokenizer)
         encode = partial(data.encode_example, self.tokenizer)
         self.pairs = {name: [*map(encode, many)] for name, many in self.examples.items()}
-        self.rows = [{"prompt": asked(e), "response": e.response} for e in self.examples["rows"]]
+        said = [(e.messages, e.response) for e in self.examples["rows"]]
+        self.rows = [{"messages": [*x, {"role": "assistant", "content": y}]} for x, y in said]
         train.write_rows(self.out / "rows.jsonl", self.rows)
 
     def first(self, seed: int) -> Run:
@@ -184,6 +184,7 @@ class Lab:
             "seed": 2 * run.seed + (run.arm != FIRST),  # other rows than the start's come first
         } | ({"method": "sft"} if run.arm == FIRST else ARMS[run.arm])  # fmt: skip
         if said["method"] == "sapo":
+            said = {"segment_length": args.segment_length} | said
             said["ref_update_every"] = max(1, steps // 3)
         if said["method"] in ("spin", "sgpo"):
             said["max_new_tokens"] = args.answer_tokens
@@ -416,6 +417,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr-of", nargs="+", default=[], metavar="ARM=LR", help="none is tried")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=256, help="longer rows are left out")
+    parser.add_argument("--segment-length", type=int, default=64, help="of the arm sapo [64]")
     parser.add_argument("--answer-tokens", type=int, default=256, help="of answers, at most [256]")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="[bf16]")
     parser.add_argument("--save-every", type=int, default=16, help="steps between checkpoints [16]")
