@@ -13,7 +13,7 @@ import data
 import train
 
 real = script("real")
-paired = real.paired
+tables = real.tables
 
 ROWS = str(GOLDEN / "rows.jsonl")
 
@@ -71,25 +71,25 @@ def test_held_out_numbers_are_those_worked_by_hand() -> None:
 
 def test_the_margin_at_equal_length_is_the_intercept() -> None:
     gaps = [-2.0, 0.0, 1.0, 5.0]
-    line = paired.at_equal_length([0.5 + 2 * x for x in gaps], gaps)
+    line = tables.at_equal_length([0.5 + 2 * x for x in gaps], gaps)
     assert line == pytest.approx([0.5] * 4)  # no error where nothing is left over
     other = [1.0, -2.0, 4.0, 0.5]
-    ours, theirs = (paired.at_equal_length(y, gaps) for y in (other, gaps))
-    whole = paired.at_equal_length([a - b for a, b in zip(other, gaps, strict=True)], gaps)
+    ours, theirs = (tables.at_equal_length(y, gaps) for y in (other, gaps))
+    whole = tables.at_equal_length([a - b for a, b in zip(other, gaps, strict=True)], gaps)
     assert whole == pytest.approx([a - b for a, b in zip(ours, theirs, strict=True)])
     # by hand: mean gap 1, squares 26, slope (-3 * 1 - 1 * -2 + 4 * 0.5) / 26 = 1 / 26
     assert statistics.fmean(ours) == pytest.approx(0.875 - 1 / 26)
-    assert paired.at_equal_length([1.0, 3.0], [2.0, 2.0]) == [1.0, 3.0]
+    assert tables.at_equal_length([1.0, 3.0], [2.0, 2.0]) == [1.0, 3.0]
 
 
 def test_differences_are_paired_by_prompt_and_by_seed() -> None:
     ours, theirs = [[1.0, 3.0], [2.0, 4.0]], [[0.0, 2.0], [0.0, 2.0]]
     # by prompt 1.5, 1.5; by seed 1, 2: deviation 0.707, error 0.5
-    assert paired.less(ours, theirs, 2) == "+1.50 \N{PLUS-MINUS SIGN} 0.00, 0.50 *"
-    assert paired.less(ours[:1], theirs[:1], 1) == "+1.0 \N{PLUS-MINUS SIGN} 0.0 *"
-    assert paired.less([[1.0], [3.0]], [[0.0], [0.0]], 1) == "+2.0 \N{PLUS-MINUS SIGN} 1.0"
-    assert paired.means(ours, 1) == "2.5 \N{PLUS-MINUS SIGN} 1.0"
-    table = paired.compared({"a": [{"x": [1.0, 1.0], "y": []}], "b": [{"z": [2.0, 4.0]}]})
+    assert tables.less(ours, theirs, 2) == "+1.50 \N{PLUS-MINUS SIGN} 0.00, 0.50 *"
+    assert tables.less(ours[:1], theirs[:1], 1) == "+1.0 \N{PLUS-MINUS SIGN} 0.0 *"
+    assert tables.less([[1.0], [3.0]], [[0.0], [0.0]], 1) == "+2.0 \N{PLUS-MINUS SIGN} 1.0"
+    assert tables.means(ours, 1) == "2.5 \N{PLUS-MINUS SIGN} 1.0"
+    table = tables.compared({"a": [{"x": [1.0, 1.0], "y": []}], "b": [{"z": [2.0, 4.0]}]})
     assert rows_of(table)[0] == {
         "": ["a", "b"], "x": ["1.000 \N{PLUS-MINUS SIGN} 0.000", "-"],
         "z": ["-", "3.000 \N{PLUS-MINUS SIGN} 1.000"],
@@ -104,7 +104,7 @@ def test_log_means_are_over_the_steps_that_have_a_value_but_for_seconds(tmp_path
         {"phase": "sapo", "loss": None, "seam/logps": -1.0, "seam/new_logps": -1.25},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    column = real.logged(file)["sapo"]
+    column = tables.logged(file)["sapo"]
     assert column["steps"] == "3" and column["first loss"] == "3" and column["`loss`"] == "2"
     assert column["`seconds/generate`"] == "2" and column["`tokens_per_second`"] == "5"
     assert column["`seam/logps - new`"] == "0.375" and "`lr`" not in column

@@ -19,6 +19,7 @@ langdetect. What is different from lm-eval's:
 
 import argparse
 import collections
+import itertools
 import json
 import re
 import sys
@@ -29,8 +30,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this folder has a sapo.py too
 
-import paired  # before torch: it takes one thread
-from paired import Values
+import tables  # before torch: it takes one thread
+from tables import Values
 
 import data
 import train
@@ -43,7 +44,7 @@ Row = Mapping[str, Any]  # of the prompts' file, or of an answers' file
 # ------------------------------------------------------------------------------------ the checkers
 
 SCRIPTS = {"TAMIL": "ta", "HANGUL": "ko", "BENGALI": "bn", "THAI": "th", "KANNADA": "kn"}
-SCRIPTS |= {"GURMUKHI": "pa", "TELUGU": "te", "GUJARATI": "gu", "HIRAGANA": "ja", "CJK": "zh"}
+SCRIPTS |= {"GURMUKHI": "pa", "TELUGU": "te", "GUJARATI": "gu"}
 FREQUENT = {  # words by language, where some languages have one script
     "en": "the of and to in is that for it with as on be this are you your not or by a an have",
     "de": "der die das und ist nicht ein eine zu den mit von für auf sie ich es werden wurde kann",
@@ -179,13 +180,11 @@ def followed(row: Row, text: str) -> list[bool]:
     return [bool(text.strip()) and CHECKS[name.split(":")[1]](text, how) for name, how in both]
 
 
-# -------------------------------------------------------------------------------------- the answers
-
-
-def read(file: Path, limit: int = 10**6) -> list[Row]:
+def read(file: Path, limit: int = 10**6) -> Sequence[Row]:
     """The first rows of the prompts' file, in an order that depends on the prompts alone."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return sorted(rows, key=lambda row: hash_seed("ifeval", row["prompt"]))[:limit]
+    return sorted(train.json_lines(file), key=lambda row: hash_seed("ifeval", row["prompt"]))[
+        :limit
+    ]
 
 
 def answers(model: Path, rows: Sequence[Row], file: Path, tokens: int) -> list[Row]:
@@ -212,9 +211,6 @@ def answers(model: Path, rows: Sequence[Row], file: Path, tokens: int) -> list[R
     return [known[x["key"]] | {"followed": followed(x, known[x["key"]]["answer"])} for x in rows]
 
 
-# ---------------------------------------------------------------------------------------- the table
-
-
 def values(told: Sequence[Row]) -> Values:
     """A value a prompt, in %, or tokens. `instructions`: their mean is the share of all
     instructions, and their standard error that of a ratio: a prompt's come together."""
@@ -232,16 +228,13 @@ def values(told: Sequence[Row]) -> Values:
 
 def by_kind(found: Mapping[str, Sequence[Row]], rows: Sequence[Row]) -> str:
     """What each kind of instruction comes to, in %, with its number."""
-    marks: dict[str, dict[str, list[bool]]] = {name: {} for name in found}
+    kinds, shown = [kind for row in rows for kind in row["instruction_id_list"]], {}
+    asked = sorted(collections.Counter(kinds).items())
     for name, told in found.items():
-        for row, t in zip(rows, told, strict=True):
-            for kind, mark in zip(row["instruction_id_list"], t["followed"], strict=True):
-                marks[name].setdefault(kind, []).append(mark)
-    shown = {
-        name: {f"{k}, {len(x)}": f"{100 * sum(x) / len(x):.0f}" for k, x in sorted(many.items())}
-        for name, many in marks.items()
-    }
-    return paired.markdown(shown)
+        marks = [mark for t in told for mark in t["followed"]]
+        right = collections.Counter(itertools.compress(kinds, marks))
+        shown[name] = {f"{kind}, {n}": f"{100 * right[kind] / n:.0f}" for kind, n in asked}
+    return tables.markdown(shown)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -255,13 +248,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     rows, folders = read(args.prompts, args.limit), dict(x.split("=", 1) for x in args.models)
-    files = {name: args.out / f"{name}.jsonl" for name in folders}
-    found = {n: answers(Path(x), rows, files[n], args.tokens) for n, x in folders.items()}
+    place = {name: (Path(x), rows, args.out / f"{name}.jsonl") for name, x in folders.items()}
+    found = {name: answers(*where, args.tokens) for name, where in place.items()}
     columns = {name: [values(told)] for name, told in found.items()}
-    print(f"\n{len(rows)} prompts, mean ± standard error\n\n{paired.compared(columns)}\n")
-    if len(folders) > 1:
-        first = next(iter(folders))
-        print(f"Paired differences to {first}:\n\n{paired.compared(columns, first)}\n")
+    print(f"\n{len(rows)} prompts, mean ± standard error\n\n{tables.compared(columns)}\n")
+    first = next(iter(columns))
+    print(f"Paired differences to {first}:\n\n{tables.compared(columns, first)}\n")
     print(by_kind(found, rows))
 
 

@@ -1,27 +1,23 @@
 """SFT, SAPO, SPIN and SGPO on real instructions, each after SFT: what it adds to SFT continued.
 
     python tests/bench/real.py --data rows.jsonl --pairs pairs.jsonl --out DIR
-    python tests/bench/real.py --data rows.jsonl --pairs pairs.jsonl --out DIR \\
-        --ifeval ifeval_prompts.jsonl           # and IFEval's prompts: ifeval.py
-    python tests/bench/real.py ... --quick      # few steps, pairs and rates: this says little
+    python tests/bench/real.py ... --ifeval ifeval_prompts.jsonl    # and IFEval: ifeval.py
+    python tests/bench/real.py ... --quick                          # this says little
 
---data has good responses; --pairs has a weak model's as well, as `rejected`. Some of the pairs are
-for the table and some for validation, the same whatever the seed: no run sees their prompts. For
-each seed SmolLM2-135M-Instruct gets --first steps of SFT, and each arm goes on from there for
---steps more, on the same rows; SGPO has fewer by the targets that its fence drops. An arm's
-learning rate is chosen by one rule (`score`), on validation pairs and on a seed of its own, unless
---lr-of says it. Rewards and changes are against the untrained model, for every arm.
+--data has good responses; --pairs a weak model's as well, as `rejected`. Some of the pairs are for
+the table and some for validation, the same whatever the seed: no run sees their prompts. For each
+seed SmolLM2-135M-Instruct gets --first steps of SFT, and each arm goes on from there for --steps
+more, on the same rows; SGPO has fewer by the targets that its fence drops. An arm's learning rate
+is chosen by one rule (`score`), on validation pairs and on a seed of its own, unless --lr-of says
+it. Rewards and changes are against the untrained model, for every arm.
 
-The table is in DIR/report.md, answers are in DIR/answers.md. Each run is a call of train.py. A run
-and a measurement have names that are digests of their settings: what is in DIR is not made again,
-and what was cut goes on. The code is not in the digest: after a change of it take another --out.
+The table is in DIR/report.md, answers are in DIR/answers.md. Each run is a call of train.py. The
+name of a run or a measurement has a digest of its settings: what is in DIR is not made again, and
+what was cut goes on. The code is not in the digest: after a change of it take another --out.
 """
 
 import argparse
-import collections
-import hashlib
 import json
-import math
 import random
 import resource
 import shutil
@@ -41,10 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this folder has 
 import ifeval
 import judge
 import methods  # before torch: it takes one thread
-import paired
+import tables
 import torch
-from paired import Values
 from smollm2 import smollm2_folder
+from tables import Values
 
 import data
 import train
@@ -62,16 +58,12 @@ ARMS: dict[str, dict[str, Any]] = {  # train.py's flags, beside those of `Lab.fl
 }
 TUNING = 0  # the seed that chooses rates; the table has 1, 2, ...
 TRIED_FIRST = (1, 2)  # places in methods.RATES: 3e-6 and 1e-5
-# CPU seconds of a step with the defaults, on a core of an AMD EPYC, and of measurements; for the
-# estimate alone, which supposes three rates an arm.
+# CPU seconds on an AMD EPYC, for the estimate alone: of steps, and of measurements.
 SECONDS = {CONTROL: 5, "sapo": 15, "sapo-whole": 15, "spin": 16, "sgpo-gold": 12}
 OF_A_PAIR, OF_A_TOKEN = 1.0, 0.01
 BETA = 0.1  # of the rewards, and train.py's default
 NEAR = 0.25  # lengths that differ by less than this share of the longer are about equal
 SHOWN = 10  # prompts in answers.md
-# Keys of metrics.jsonl that are shown, by what they begin with, in this order.
-GROUPS = """loss nll grad_norm logps/ rewards/ pairs/identical segment/ seam/ replay/ improve/
-    skipped seconds/ tokens""".split()  # noqa: SIM905
 Told = Mapping[str, Any]  # what `measure` gives
 
 
@@ -83,24 +75,15 @@ def asked(example: Example) -> str:
     return "\n".join(turn["content"].strip() for turn in example.messages)
 
 
-def order(example: Example) -> int:
-    """A place that depends on the prompt alone."""
-    return hash_seed("real", asked(example))
-
-
-def fits(pair: Pair, max_length: int) -> bool:
-    """Whether the whole of it is short enough."""
-    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= max_length
-
-
 def split(args: argparse.Namespace, tokenizer: data.Tokenizer) -> dict[str, list[Example]]:
     """Training "rows", "held-out" and "validation" pairs: without a common prompt, and whole
-    within --max-length."""
+    within --max-length. The order depends on the prompts alone."""
 
     def whole(examples: Sequence[Example]) -> list[Example]:
-        encode = data.encode_example
-        kept = [e for e in examples if fits(encode(tokenizer, e), args.max_length)]
-        return sorted(kept, key=order)
+        pairs = [data.encode_example(tokenizer, e) for e in examples]
+        sizes = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
+        kept = compress(examples, (size <= args.max_length for size in sizes))
+        return sorted(kept, key=lambda e: hash_seed("real", asked(e)))
 
     pairs = [*{asked(e): e for e in whole(data.load_examples(args.pairs, True))}.values()]
     a, b = args.held_out, args.held_out + args.validation
@@ -141,6 +124,11 @@ def measure(
     asks, eos_ids = [pair.prompt for pair in pairs[:answers]], tokenizer.eos_ids
     told["answers"] = generate(model, asks, tokens, temperature=0.0, eos_ids=eos_ids)
     return told
+
+
+def children_seconds() -> float:
+    """CPU seconds of the processes that this one has started and seen end."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
 
 
 @dataclass(frozen=True)
@@ -195,14 +183,13 @@ class Lab:
     def name(self, run: Run | None) -> str:
         """A title and a digest of all that the run depends on."""
         if run is None:
-            return "untrained-" + hashlib.sha256(str(self.args.model).encode()).hexdigest()[:8]
-        told = [self.flags(run), self.name(run.base), self.rows]
-        digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-        return f"{run.arm}-seed{run.seed}-{run.rate:g}-{digest[:8]}"
+            return f"untrained-{hash_seed(str(self.args.model)):016x}"[:-8]
+        digest = hash_seed(self.flags(run), self.name(run.base), self.rows)
+        return f"{run.arm}-seed{run.seed}-{run.rate:g}-{digest:016x}"[:-8]
 
     def folder(self, run: Run) -> Path:
         """The run's, with train.py's files."""
-        return Path(self.out / "models" / self.name(run))
+        return Path(self.out, "models", self.name(run))
 
     def model(self, run: Run | None) -> Path:
         """A folder to load."""
@@ -223,7 +210,7 @@ class Lab:
             said |= {"data": self.out / f"rows-seed{run.seed}.jsonl", "preference_data": rows}
             train.write_rows(said["data"], random.Random(run.seed).sample(self.rows, count))
         flags = [str(part) for k, v in said.items() for part in ("--" + k.replace("_", "-"), v)]
-        cut, before = folder.exists(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        cut, before = folder.exists(), children_seconds()
         folder.parent.mkdir(exist_ok=True)
         command = [sys.executable, str(ROOT / "train.py"), *flags, "--resume"]
         with Path(f"{folder}.log").open("a", encoding="utf-8") as log:
@@ -231,8 +218,7 @@ class Lab:
         if done.returncode:
             raise SystemExit(f"{run.arm} ended with {done.returncode}: see {folder}.log")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        return None if cut else after - before
+        return None if cut else children_seconds() - before
 
     def look(self, run: Run | None, where: str) -> dict[str, Any]:
         """`measure` on "held-out" or "validation" pairs, the latter without answers. A tuning
@@ -327,7 +313,7 @@ def preferences(told: Told, untrained: Told) -> Values:
         "gain a token, good less weak": gain,
         "gained more a token, % (the rule)": percent(x > 0 for x in gain),
         "reward margin": margins,
-        "reward margin at equal length": paired.at_equal_length(margins, gaps),
+        "reward margin at equal length": tables.at_equal_length(margins, gaps),
         f"reward margin of {sum(near)} about equally long": [*compress(margins, near)],
         "reward accuracy, %": percent(x > 0 for x in margins),
         "good answer's change, nats": up,
@@ -348,40 +334,15 @@ def answering(told: Told, untrained: Told, eos_ids: Any) -> Values:
     }
 
 
-def logged(file: Path) -> dict[str, dict[str, str]]:
-    """What each phase in a metrics.jsonl has logged: means over the steps that have a value, but
-    for seconds and tokens, of which the others have 0. In the order of GROUPS."""
-    phases = collections.defaultdict[str, list[dict[str, Any]]](list)
-    for read in train.json_lines(file):
-        row = {key: value for key, value in read.items() if value is not None}
-        for part in ("segment", "seam"):
-            if f"{part}/new_logps" in row:
-                row[f"{part}/logps - new"] = row[f"{part}/logps"] - row[f"{part}/new_logps"]
-        phases[row["phase"]].append(row)
-    columns = {}
-    for phase, rows in phases.items():
-        losses = [row["loss"] for row in rows if "loss" in row] or [math.nan]
-        column = {"steps": f"{len(rows)}", "first loss": f"{losses[0]:.4g}"}
-        keys = dict.fromkeys(key for row in rows for key in row if key != "seconds/eval")
-        for key in [key for group in GROUPS for key in keys if key.startswith(group)]:
-            values = [row[key] for row in rows if key in row]
-            count = len(rows if key.startswith(("seconds/", "tokens/")) else values)
-            column[f"`{key}`"] = f"{math.fsum(values) / count:.4g}"
-        columns[phase] = column
-    return columns
-
-
-def answers_text(
-    examples: Sequence[Example], found: Mapping[str, Any], tokenizer: data.Tokenizer
-) -> str:
+def answers_text(goods: Sequence[Example], found: Mapping[str, Told], lab: Lab) -> str:
     """DIR/answers.md: a section a prompt, with the good answer and those of every model."""
     parts: list[str] = []
-    for i, example in enumerate(examples):
-        texts = {f"## {i + 1}": asked(example), "**the good answer**": example.response}
+    for i, good in enumerate(goods):
+        texts = {f"## {i + 1}": asked(good), "**the good answer**": good.response}
         for name, told in found.items():
             ids = told["answers"][i]
-            end = "ended" if ids[-1] in tokenizer.eos_ids else "cut"
-            texts[f"**{name}**, {len(ids)} tokens, {end}"] = tokenizer.response_text(ids)
+            end = "ended" if ids[-1] in lab.tokenizer.eos_ids else "cut"
+            texts[f"**{name}**, {len(ids)} tokens, {end}"] = lab.tokenizer.response_text(ids)
         for title, text in texts.items():
             parts += [title, "\n".join("> " + line for line in text.strip().splitlines())]
     return "\n\n".join(parts) + "\n"
@@ -392,7 +353,7 @@ def logs(lab: Lab, runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, str
     columns: dict[str, dict[str, str]] = {}
     for name, (run, *_) in runs.items():
         folder, seconds = lab.folder(run), lab.train(run)
-        for phase, column in logged(folder / "metrics.jsonl").items():
+        for phase, column in tables.logged(folder / "metrics.jsonl").items():
             columns[f"{name}: {phase}" if phase == "improver" else name] = column
         columns[name]["CPU seconds"] = "-" if seconds is None else f"{seconds:.0f}"
         if (folder / "pairs.jsonl").exists():
@@ -404,29 +365,28 @@ def logs(lab: Lab, runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, str
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", required=True, help="rows with good responses")
-    parser.add_argument("--pairs", required=True, help="rows with chosen and rejected")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", type=Path, help="[SmolLM2-135M-Instruct]")
-    parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS), help="and SFT")
-    parser.add_argument("--seeds", type=int, default=3, help="of the table [3]")
-    parser.add_argument("--first", type=int, default=32, help="steps of SFT before all arms [32]")
-    parser.add_argument("--first-lr", type=float, default=1e-5, help="their rate [1e-5]")
-    parser.add_argument("--steps", type=int, default=32, help="gradient steps of an arm [32]")
-    parser.add_argument("--rates", type=int, default=4, help="tried for an arm, at most [4]")
-    parser.add_argument("--lr-of", nargs="+", default=[], metavar="ARM=LR", help="none is tried")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=256, help="longer rows are left out")
-    parser.add_argument("--segment-length", type=int, default=64, help="of the arm sapo [64]")
-    parser.add_argument("--answer-tokens", type=int, default=256, help="of answers, at most [256]")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="[bf16]")
-    parser.add_argument("--save-every", type=int, default=16, help="steps between checkpoints [16]")
-    parser.add_argument("--held-out", type=int, default=96, help="pairs for the table [96]")
-    parser.add_argument("--validation", type=int, default=64, help="pairs that choose [64]")
-    parser.add_argument("--answers", type=int, default=32, help="to held-out prompts [32]")
-    parser.add_argument("--ifeval", type=Path, metavar="FILE", help="IFEval's prompts")
-    parser.add_argument("--ifeval-limit", type=int, default=541, help="of them [541]")
-    parser.add_argument("--quick", action="store_true", help="few of all")
+    add = parser.add_argument
+    add("--data", required=True, help="rows with good responses")
+    add("--pairs", required=True, help="rows with chosen and rejected")
+    add("--out", type=Path, required=True)
+    add("--model", type=Path, help="[SmolLM2-135M-Instruct]")
+    add("--only", nargs="+", choices=ARMS, default=[*ARMS], help=f"arms, and {CONTROL} [all]")
+    add("--first-lr", type=float, default=1e-5, help="rate of the first steps of SFT [1e-5]")
+    add("--lr-of", nargs="+", default=[], metavar="ARM=LR", help="rates that are not chosen")
+    add("--precision", choices=["fp32", "bf16"], default="bf16", help="of training [bf16]")
+    add("--ifeval", type=Path, metavar="FILE", help="IFEval's prompts [none]")
+    numbers = {
+        "seeds": (3, "of the table"), "first": (32, "steps of SFT before all arms"),
+        "steps": (32, "gradient steps of an arm"), "rates": (4, "tried for an arm, at most"),
+        "batch-size": (4, "rows a step"), "max-length": (256, "tokens: longer rows are left out"),
+        "segment-length": (64, "of the arm sapo"), "answer-tokens": (256, "of answers, at most"),
+        "save-every": (16, "steps between checkpoints"), "held-out": (96, "pairs for the table"),
+        "validation": (64, "pairs that choose"), "answers": (32, "to held-out prompts"),
+        "ifeval-limit": (541, "of IFEval's prompts"),
+    }  # fmt: skip
+    for name, (default, told) in numbers.items():
+        add(f"--{name}", type=int, default=default, help=f"{told} [{default}]")
+    add("--quick", action="store_true", help="few of all")
     if "--quick" in (sys.argv[1:] if argv is None else argv):
         small = {"first": 8, "steps": 8, "seeds": 1, "rates": 2, "held_out": 32, "validation": 16}
         parser.set_defaults(**small, answers=8, ifeval_limit=32)
@@ -444,7 +404,7 @@ def estimate(args: argparse.Namespace) -> float:
     steps += (args.seeds + bool(tuned)) * args.first * SECONDS[CONTROL]
     answers = args.answers + (args.ifeval_limit if args.ifeval else 0)
     look = args.held_out * OF_A_PAIR + answers * args.answer_tokens * OF_A_TOKEN
-    return (steps + (1 + args.seeds * (1 + len(args.only))) * look) / 3600
+    return float(steps + (1 + args.seeds * (1 + len(args.only))) * look) / 3600
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -465,20 +425,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         both = [preferences(x, untrained) | answering(x, untrained, eos_ids) for x in looks]
         columns[name] = [x | lab.ifeval(run) for x, run in zip(both, many, strict=True)]
     shown = lab.examples["held-out"][: min(SHOWN, args.answers)]
-    (lab.out / "answers.md").write_text(answers_text(shown, told, lab.tokenizer), encoding="utf-8")
+    (lab.out / "answers.md").write_text(answers_text(shown, told, lab), encoding="utf-8")
     text = "\n\n".join([
         f"{args.seeds} seeds, {args.held_out} held-out pairs, {args.answers} greedy answers of at "
         f"most {args.answer_tokens} tokens; {args.first} steps of SFT first, then {args.steps}.",
         "Rates: " + ", ".join(f"{arm} {rates[arm]:g}" for arm in args.only),
         "Means \N{PLUS-MINUS SIGN} standard error over pairs; changes against the untrained model:",
-        paired.compared(columns),
+        tables.compared(columns),
         f"Differences to {CONTROL}, paired, \N{PLUS-MINUS SIGN} standard errors over pairs, over "
         "seeds; * is beyond two of both:",
-        paired.compared({name: columns[name] for name in args.only}, CONTROL),
+        tables.compared({name: columns[name] for name in args.only}, CONTROL),
         "Differences to the untrained model:",
-        paired.compared(columns, "untrained"),
+        tables.compared(columns, "untrained"),
         "Logged by the first seed's runs, means over the steps that have a value:",
-        paired.markdown(logs(lab, runs)),
+        tables.markdown(logs(lab, runs)),
     ]) + "\n"  # fmt: skip
     (lab.out / "report.md").write_text(text, encoding="utf-8")
     print(f"\n{text}")

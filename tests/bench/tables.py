@@ -1,20 +1,27 @@
-"""Tables of what several models have on the same prompts, for one seed or more: real.py, ifeval.py.
+"""Tables for real.py and ifeval.py: what models have on the same prompts, with paired errors.
 
 A column is what a model has: for each seed a dict of lists, a value a prompt (or a pair) by the
 name of a row. Lists of one row are of the same prompts in all columns.
 """
 
+import collections
 import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this folder has a sapo.py too
 
 import methods
 
+import train
+
 Values = dict[str, list[float]]
+# Keys of metrics.jsonl that are shown, by what they begin with, in this order.
+GROUPS = """loss nll grad_norm logps/ rewards/ pairs/identical segment/ seam/ replay/ improve/
+    skipped seconds/ tokens""".split()  # noqa: SIM905
 
 
 def at_equal_length(values: Sequence[float], gaps: Sequence[float]) -> list[float]:
@@ -69,3 +76,26 @@ def markdown(columns: Mapping[str, Mapping[str, str]]) -> str:
         cells = [column.get(name, "-") for column in columns.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def logged(file: Path) -> dict[str, dict[str, str]]:
+    """What each phase in a metrics.jsonl has logged: means over the steps that have a value, but
+    for seconds and tokens, of which the others have 0. In the order of GROUPS."""
+    phases = collections.defaultdict[str, list[dict[str, Any]]](list)
+    for read in train.json_lines(file):
+        row = {key: value for key, value in read.items() if value is not None}
+        for part in ("segment", "seam"):
+            if f"{part}/new_logps" in row:
+                row[f"{part}/logps - new"] = row[f"{part}/logps"] - row[f"{part}/new_logps"]
+        phases[row["phase"]].append(row)
+    columns = {}
+    for phase, rows in phases.items():
+        losses = [row["loss"] for row in rows if "loss" in row] or [math.nan]
+        column = {"steps": f"{len(rows)}", "first loss": f"{losses[0]:.4g}"}
+        keys = dict.fromkeys(key for row in rows for key in row if key != "seconds/eval")
+        for key in [key for group in GROUPS for key in keys if key.startswith(group)]:
+            values = [row[key] for row in rows if key in row]
+            count = len(rows if key.startswith(("seconds/", "tokens/")) else values)
+            column[f"`{key}`"] = f"{math.fsum(values) / count:.4g}"
+        columns[phase] = column
+    return columns
