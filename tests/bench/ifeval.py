@@ -13,8 +13,8 @@ langdetect. What is different from lm-eval's:
 - sentences, words in capitals: by regular expressions, not by nltk's tokenizers;
 - languages: by script and by frequent words, not by langdetect;
 - a letter that is to be counted and is "#" or "!" is counted: lm-eval counts a letter at random;
-- answers end after --tokens, 256 unless told otherwise, and not after 1280: fewer of those that
-  must be long, or must end in some way, are right than elsewhere. Compare models, not papers.
+- answers end after --tokens, 256 unless told otherwise, and not after 1280: what must be long, or
+  must end in some way, is right more seldom than elsewhere. Compare models, not papers.
 """
 
 import argparse
@@ -252,8 +252,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = {name: answers(*where, args.tokens) for name, where in place.items()}
     columns = {name: [values(told)] for name, told in found.items()}
     print(f"\n{len(rows)} prompts, mean ± standard error\n\n{tables.compared(columns)}\n")
-    first = next(iter(columns))
-    print(f"Paired differences to {first}:\n\n{tables.compared(columns, first)}\n")
+    first, *others = columns
+    if others:
+        print(f"Paired differences to {first}:\n\n{tables.compared(columns, first)}\n")
     print(by_kind(found, rows))
 
 
