@@ -2,10 +2,9 @@
 
     python tests/bench/ifeval.py --prompts FILE --out DIR --models before=FOLDER after=FOLDER
 
-FILE has IFEval's rows (google-research/instruction_following_eval, Apache 2.0): key, prompt,
-instruction_id_list, kwargs. Each answer is a line of DIR/NAME.jsonl, and is not made again. All
-models are compared with the first one, prompt by prompt. Strict accuracies, as the paper has them:
-of prompts (all instructions followed) and of instructions; real.py has them for all its models.
+FILE has IFEval's rows (google-research, Apache 2.0). Each answer is a line of DIR/NAME.jsonl, and
+is not made again. Strict accuracies, of prompts (all instructions followed) and of instructions,
+compared with the first model's, prompt by prompt; real.py has them for all its models.
 
 The checkers are our own, as those of lm-eval 0.4.13 need nltk with a file that it downloads, and
 langdetect. What is different from lm-eval's:
@@ -253,9 +252,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = {name: [values(told)] for name, told in found.items()}
     print(f"\n{len(rows)} prompts, mean ± standard error\n\n{tables.compared(columns)}\n")
     first, *others = columns
-    if others:
-        print(f"Paired differences to {first}:\n\n{tables.compared(columns, first)}\n")
-    print(by_kind(found, rows))
+    less = f"Differences to {first}, paired:\n\n{tables.compared(columns, first)}\n\n"
+    print(less * bool(others) + by_kind(found, rows))
 
 
 if __name__ == "__main__":
