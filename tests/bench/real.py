@@ -59,8 +59,8 @@ ARMS: dict[str, dict[str, Any]] = {  # train.py's flags, beside those of `Lab.fl
 TUNING = 0  # the seed that chooses rates; the table has 1, 2, ...
 TRIED_FIRST = (1, 2)  # places in methods.RATES: 3e-6 and 1e-5
 # CPU seconds on an AMD EPYC, for the estimate alone: of steps, and of measurements.
-SECONDS = {CONTROL: 5, "sapo": 15, "sapo-whole": 15, "spin": 30, "sgpo-gold": 30}
-OF_A_PAIR, OF_A_TOKEN = 1.0, 0.01
+SECONDS = {CONTROL: 5, "sapo": 15, "sapo-whole": 15, "spin": 27, "sgpo-gold": 27}
+OF_A_PAIR, OF_A_TOKEN = 1.0, 0.006
 BETA = 0.1  # of the rewards, and train.py's default
 NEAR = 0.25  # lengths that differ by less than this share of the longer are about equal
 SHOWN = 10  # prompts in answers.md
