@@ -74,6 +74,9 @@ class Example:
     where: str  # "file:line", for messages to people
 
 
+Target = Example  # `response` improves `rejected`, and is what the improver is to learn
+
+
 # ----------------------------------------------------------------------------- examples to tokens
 def encode_examples(
     examples: Sequence[Example], tokenizer: "Tokenizer", max_length: int, max_prompt_length: int
@@ -145,25 +148,17 @@ def load_examples(
     return [_example(*found, rejected, prompts) for file in files for found in read_rows(file)]
 
 
-class Target(NamedTuple):
-    """An answer to a conversation, and the improvement of it that the improver is to learn."""
-
-    messages: Messages
-    response: str
-    improved: str
-
-
 def load_targets(path: str | Path) -> list[Target]:
-    """Rows of {"prompt" (text or messages), "response", "improved"}; those whose `improved` is
-    null are left out. Raises InputError naming file and line."""
+    """Rows of {"prompt" (text or messages), "response", "improved"}: `improved` as the response,
+    and as rejected what it improves; where it is null left out. InputErrors name file and line."""
     targets = []
     for where, row in read_rows(path):
         match row:
             case {"improved": None}:
                 continue
             case {"prompt": said, "response": str(old), "improved": str(new)} if new.strip():
-                turns = _asked(_turns(said, "prompt", "user", where), where)
-                targets.append(Target(turns, whole_text(old), whole_text(new)))
+                turns = tuple(_asked(_turns(said, "prompt", "user", where), where))
+                targets.append(Target(turns, whole_text(new), whole_text(old), where))
             case _:
                 raise InputError(f"{where}: 'prompt', 'response' and 'improved' should be text")
     if not targets:
@@ -774,17 +769,17 @@ def _prompt(kind: str, rng: random.Random) -> str:
 def right_answer(prompt: str) -> str:
     """The one right answer, as working and result: "reverse abcd" -> "a-b-c-d > dcba"; that of a
     rewriting prompt too. Raises InputError for what is no built-in task."""
-    kind, *words = prompt.split(" | ")[0].split(" ")
-    if kind in _RESULTS and len(words) == 1 and len(words[0]) > 1:
-        return f"{'-'.join(words[0])} > {_RESULTS[kind](words[0])}"
-    if kind == "count" and len(words) == 2:
-        counts = [str(words[1][: i + 1].count(words[0])) for i in range(len(words[1]))]
-        return f"{'-'.join(counts)} > {counts[-1]}"
-    if kind == "add" and len(words) == 2 and all(re.fullmatch("[1-9][0-9]", w) for w in words):
-        a, b = map(int, words)
-        ones = a % 10 + b % 10
-        tens = a // 10 + b // 10 + ones // 10
-        return f"{a % 10}+{b % 10}={ones}-{a // 10}+{b // 10}={tens} > {a + b}"
+    match prompt.split(" | ")[0].split(" "):
+        case [kind, word] if kind in _RESULTS and len(word) > 1:
+            return f"{'-'.join(word)} > {_RESULTS[kind](word)}"
+        case ["count", letter, word]:
+            counts = [str(word[: i + 1].count(letter)) for i in range(len(word))]
+            return f"{'-'.join(counts)} > {counts[-1]}"
+        case ["add", *terms] if re.fullmatch("[1-9][0-9] [1-9][0-9]", " ".join(terms)):
+            a, b = map(int, terms)
+            ones = a % 10 + b % 10
+            tens = a // 10 + b // 10 + ones // 10
+            return f"{a % 10}+{b % 10}={ones}-{a // 10}+{b // 10}={tens} > {a + b}"
     raise InputError(f"{prompt!r:.60} is no built-in task such as 'reverse abcd' or 'add 46 27'")
 
 
@@ -831,13 +826,9 @@ def write_task_tokenizer(path: str | Path) -> None:
     step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     markers = enumerate(("<|end|>", "<|user|>", "<|assistant|>", "<|system|>"), 256)
-    spec = {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": t, "special": True} | flags for i, t in markers],
-        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
-        **dict.fromkeys(("pre_tokenizer", "decoder"), step),
-        "model": {"type": "BPE", "vocab": dict(ALPHABET), "merges": []},
-    }
+    added = [{"id": i, "content": t, "special": True} | flags for i, t in markers]
+    bytes_alone = {"type": "BPE", "vocab": ALPHABET, "merges": []}
+    spec = {"added_tokens": added, "pre_tokenizer": step, "decoder": step, "model": bytes_alone}
     template = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     template += "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
