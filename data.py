@@ -378,8 +378,8 @@ class Tokenizer:
     def __init__(self, folder: Path, chat_template: str | None, date: datetime) -> None:
         files = [folder / name for name in TOKENIZER_FILES]
         self.files = {file.name: file.read_bytes() for file in files if file.is_file()}
-        config, self.date = _optional_json(folder / "tokenizer_config.json"), date
-        named = _optional_json(folder / "special_tokens_map.json") | config  # the older one first
+        config, self.date = read_json(folder / "tokenizer_config.json", optional=True), date
+        named = read_json(folder / "special_tokens_map.json", optional=True) | config  # older first
         names = (f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
         texts = {name: named[name] for name in names if named.get(name) is not None}
         texts = {k: v["content"] if isinstance(v, dict) else str(v) for k, v in texts.items()}
@@ -451,7 +451,7 @@ class Tokenizer:
     def _find_added(self, folder: Path, config: dict[str, Any]) -> dict[str, int]:
         """Ids by text of what is looked for before anything else is done with a text: what the
         codec's file, the configs, and the special tokens' names say is added."""
-        old = _optional_json(folder / "added_tokens.json")
+        old = read_json(folder / "added_tokens.json", optional=True)
         listed = [{"content": text, "id": i} for text, i in old.items()] + self.codec.added
         listed += [t | {"id": int(i)} for i, t in config.get("added_tokens_decoder", {}).items()]
         vocab, tokens = self.codec.vocab, {t["content"]: t for t in listed}  # the last one counts
@@ -485,7 +485,7 @@ class Tokenizer:
             raise InputError(f"{folder}: eos_token {eos!r:.60} is not in the vocabulary")
         ids, tail = [self.added[eos]] if eos is not None else [], list[int]()
         for file in (folder / "generation_config.json", folder / "config.json"):
-            value = _optional_json(file).get("eos_token_id")
+            value = read_json(file, optional=True).get("eos_token_id")
             ids += value if isinstance(value, list) else [] if value is None else [value]
             if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
                 raise InputError(f"{file}: eos_token_id {value!r:.60} is not in the vocabulary")
@@ -495,10 +495,6 @@ class Tokenizer:
         # Of Qwen2.5's base the eos_token is another than what ends a turn.
         ids += [token for token in tail[:1] if token in self.added.values()]
         return tuple(dict.fromkeys(ids)), bool(set(ids) & set(tail))
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _refuse(message: str) -> None:

@@ -82,8 +82,10 @@ def reading(what: object) -> Iterator[None]:
         raise InputError(f"{what} is malformed ({type(error).__name__}: {error})") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError for a file that is missing or not that."""
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file, {} for an `optional` one that is missing. Or raises InputError."""
+    if optional and not path.is_file():
+        return {}
     with reading(path):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
