@@ -444,9 +444,8 @@ class Tokenizer:
 
     def digest(self) -> str:
         """Hex of all that decides the ids: the files, with the template, and what ends a turn."""
-        files = (f"{name}: {len(x)} bytes\n".encode() + x for name, x in sorted(self.files.items()))
-        ends = repr(self.eos_ids).encode()  # config.json may name some
-        return hashlib.sha256(ends + b"".join(files)).hexdigest()
+        told = (sorted(self.files.items()), self.eos_ids)  # config.json may name some of the latter
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def _find_added(self, folder: Path, config: dict[str, Any]) -> dict[str, int]:
         """Ids by text of what is looked for before anything else is done with a text: what the
