@@ -74,6 +74,9 @@ class Example:
     where: str  # "file:line", for messages to people
 
 
+Target = Example  # `response` improves `rejected`, and is what the improver is to learn
+
+
 # ----------------------------------------------------------------------------- examples to tokens
 def encode_examples(
     examples: Sequence[Example], tokenizer: "Tokenizer", max_length: int, max_prompt_length: int
@@ -145,25 +148,17 @@ def load_examples(
     return [_example(*found, rejected, prompts) for file in files for found in read_rows(file)]
 
 
-class Target(NamedTuple):
-    """An answer to a conversation, and the improvement of it that the improver is to learn."""
-
-    messages: Messages
-    response: str
-    improved: str
-
-
 def load_targets(path: str | Path) -> list[Target]:
-    """Rows of {"prompt" (text or messages), "response", "improved"}; those whose `improved` is
-    null are left out. Raises InputError naming file and line."""
+    """Rows of {"prompt" (text or messages), "response", "improved"}: `improved` as the response,
+    and as rejected what it improves; where it is null left out. InputErrors name file and line."""
     targets = []
     for where, row in read_rows(path):
         match row:
             case {"improved": None}:
                 continue
             case {"prompt": said, "response": str(old), "improved": str(new)} if new.strip():
-                turns = _asked(_turns(said, "prompt", "user", where), where)
-                targets.append(Target(turns, whole_text(old), whole_text(new)))
+                turns = tuple(_asked(_turns(said, "prompt", "user", where), where))
+                targets.append(Target(turns, whole_text(new), whole_text(old), where))
             case _:
                 raise InputError(f"{where}: 'prompt', 'response' and 'improved' should be text")
     if not targets:
@@ -193,7 +188,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 def _example(where: str, row: Any, rejected: bool | None, prompts: bool) -> Example:
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a row should be a JSON object, not {_short(row)}")
+        raise InputError(f"{where}: a row should be a JSON object, not {row!r:.60}")
     prompt = _turns(row["prompt"], "prompt", "user", where) if row.get("prompt") else []
     key = next((k for k in RESPONSE_KEYS if k in row), None)
     if prompts and key in (None, "messages"):
@@ -241,12 +236,12 @@ def _turns(value: Any, key: str, role: str, where: str) -> Turns:
     """A list of turns, from one, or from the text of one turn of `role`."""
     turns = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{where}: {key!r} should be text or a list of turns, not {_short(value)}")
+        raise InputError(f"{where}: {key!r} should be text or a list of turns, not {value!r:.60}")
     for i, turn in enumerate(turns, 1):
         who, text = map(turn.get, ("role", "content")) if isinstance(turn, dict) else (None, None)
         if who not in ROLES or not isinstance(text, str):
             right = f"an object with 'role' ({', '.join(ROLES)}) and 'content' (text)"
-            raise InputError(f"{where}: {key!r}, turn {i} should be {right}, not {_short(turn)}")
+            raise InputError(f"{where}: {key!r}, turn {i} should be {right}, not {turn!r:.60}")
         if who != "system" and not text.strip():
             raise InputError(f"{where}: {key!r}, turn {i}: the {who}'s text is empty; fill it")
     return [{"role": turn["role"], "content": whole_text(turn["content"])} for turn in turns]
@@ -255,11 +250,6 @@ def _turns(value: Any, key: str, role: str, where: str) -> Turns:
 def whole_text(text: str) -> str:
     """Half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _short(value: Any, size: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= size else text[: size - 3] + "..."
 
 
 # ----------------------------------------------------------------------- a stronger model's answers
@@ -276,7 +266,7 @@ class TargetServer:
         found = re.fullmatch(host, url, re.ASCII | re.IGNORECASE)
         if not found or not 0 < int(found[1] or 80) < 65536:
             told = "is no address such as http://localhost:8000/v1, without user and password"
-            raise InputError(f"{_short(url.rpartition('@')[2])} {told}")  # nor is one shown
+            raise InputError(f"{url.rpartition('@')[2]!r:.60} {told}")  # nor is one shown
         if key and not (key.isascii() and key.isprintable()):
             raise InputError("the key in OPENAI_API_KEY has characters that no header can hold")
         self.url, self.model, self.key, self.workers = url, model, key, workers
@@ -388,8 +378,8 @@ class Tokenizer:
     def __init__(self, folder: Path, chat_template: str | None, date: datetime) -> None:
         files = [folder / name for name in TOKENIZER_FILES]
         self.files = {file.name: file.read_bytes() for file in files if file.is_file()}
-        config, self.date = _optional_json(folder / "tokenizer_config.json"), date
-        named = _optional_json(folder / "special_tokens_map.json") | config  # the older one first
+        config, self.date = read_json(folder / "tokenizer_config.json", optional=True), date
+        named = read_json(folder / "special_tokens_map.json", optional=True) | config  # older first
         names = (f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
         texts = {name: named[name] for name in names if named.get(name) is not None}
         texts = {k: v["content"] if isinstance(v, dict) else str(v) for k, v in texts.items()}
@@ -432,7 +422,7 @@ class Tokenizer:
         try:
             return self._template.render(given, add_generation_prompt=add_generation_prompt)
         except Exception as error:
-            told = f"fails on this conversation ({type(error).__name__}: {_short(str(error), 200)})"
+            told = f"fails on this conversation ({type(error).__name__}: {str(error)!r:.200})"
             raise InputError(f"{self.template_name} {told}; try --chat-template {_NAMES}") from None
 
     def response_text(self, ids: list[int]) -> str:
@@ -454,21 +444,20 @@ class Tokenizer:
 
     def digest(self) -> str:
         """Hex of all that decides the ids: the files, with the template, and what ends a turn."""
-        files = (f"{name}: {len(x)} bytes\n".encode() + x for name, x in sorted(self.files.items()))
-        ends = repr(self.eos_ids).encode()  # config.json may name some
-        return hashlib.sha256(ends + b"".join(files)).hexdigest()
+        told = (sorted(self.files.items()), self.eos_ids)  # config.json may name some of the latter
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def _find_added(self, folder: Path, config: dict[str, Any]) -> dict[str, int]:
         """Ids by text of what is looked for before anything else is done with a text: what the
         codec's file, the configs, and the special tokens' names say is added."""
-        old = _optional_json(folder / "added_tokens.json")
+        old = read_json(folder / "added_tokens.json", optional=True)
         listed = [{"content": text, "id": i} for text, i in old.items()] + self.codec.added
         listed += [t | {"id": int(i)} for i, t in config.get("added_tokens_decoder", {}).items()]
         vocab, tokens = self.codec.vocab, {t["content"]: t for t in listed}  # the last one counts
         flags = ("lstrip", "rstrip", "single_word", "normalized")[: 4 if self.codec.nfc else 3]
         for text, flag in product(tokens, flags):
             if tokens[text].get(flag):  # no supported family has one
-                raise InputError(f"{folder}: token {_short(text)} has {flag}, not implemented")
+                raise InputError(f"{folder}: token {text!r:.60} has {flag}, not implemented")
         added = {text: vocab[text] for text in self.specials.values() if text in vocab}
         return added | {text: int(token["id"]) for text, token in tokens.items()}
 
@@ -484,35 +473,27 @@ class Tokenizer:
                 if text not in self.added and text not in self.specials:
                     raise InputError(f"--chat-template {fallback} needs the token {text}")
         source = self.files[name].decode() if name in self.files else source
-        if not isinstance(source, str | None):
-            raise InputError(f"{folder}/tokenizer_config.json: chat_template is not text")
-        try:
-            given = {"strftime_now": self.date.strftime} | self.specials
+        given = {"strftime_now": self.date.strftime} | self.specials
+        with reading(self.template_name):
             return None if source is None else JINJA.from_string(source, globals=given)
-        except (TemplateError, RecursionError) as error:
-            raise InputError(f"{self.template_name} is no jinja template: {error}") from None
 
     def _find_eos(self, folder: Path) -> tuple[tuple[int, ...], bool]:
         """(eos_ids, whether the template itself puts one of them behind a response)."""
         eos = self.specials.get("eos_token")
         if eos is not None and eos not in self.added:
-            raise InputError(f"{folder}: eos_token {_short(eos)} is not in the vocabulary")
+            raise InputError(f"{folder}: eos_token {eos!r:.60} is not in the vocabulary")
         ids, tail = [self.added[eos]] if eos is not None else [], list[int]()
         for file in (folder / "generation_config.json", folder / "config.json"):
-            value = _optional_json(file).get("eos_token_id")
+            value = read_json(file, optional=True).get("eos_token_id")
             ids += value if isinstance(value, list) else [] if value is None else [value]
             if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
-                raise InputError(f"{file}: eos_token_id {_short(value)} is not in the vocabulary")
+                raise InputError(f"{file}: eos_token_id {value!r:.60} is not in the vocabulary")
         if self._template is not None:  # what it puts behind an assistant's last turn
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qzx"}]
             tail = self.encode(self.render(turns).rpartition("qzx")[2].lstrip(), continuing=True)
         # Of Qwen2.5's base the eos_token is another than what ends a turn.
         ids += [token for token in tail[:1] if token in self.added.values()]
         return tuple(dict.fromkeys(ids)), bool(set(ids) & set(tail))
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _refuse(message: str) -> None:
@@ -669,7 +650,7 @@ def _byte_level(path: Path) -> BytePairs:
 
 def _unknown(path: Path, key: str, value: Any) -> InputError:
     read = "byte-level BPE as in Llama 3, Qwen2.5, SmolLM2 is, and SentencePiece's tokenizer.model"
-    return InputError(f"{path}: {key} {_short(value, 200)} is not implemented; {read}")
+    return InputError(f"{path}: {key} {value!r:.200} is not implemented; {read}")
 
 
 def _pattern(pre: Any, path: Path) -> str:
@@ -698,13 +679,13 @@ def _token_order(
     ranks: dict[tuple[str, ...], int] = {(a, b): rank for rank, (a, b) in enumerate(merges)}
     made = {"".join(pair) for pair in ranks}
     if not made <= vocab.keys():
-        raise InputError(f"{path}: a merge makes {_short(min(made - vocab.keys()))}, not a token")
+        raise InputError(f"{path}: a merge makes {min(made - vocab.keys())!r:.60}, not a token")
     order = {char: -1 for char in ALPHABET if char in vocab}
     for token in vocab if whole else made:
         if len(token) > 1 and ALPHABET.keys() >= set(token):
             halves = _halves(token, ranks)
             if whole and len(halves) == 2 and halves not in ranks:
-                raise InputError(f"{path}: no merge makes the token {_short(token)}; list it")
+                raise InputError(f"{path}: no merge makes the token {token!r:.60}; list it")
             if whole or halves in ranks:
                 order[token] = ranks.get(halves, len(ranks))
     return sorted(order, key=order.__getitem__)
@@ -783,18 +764,18 @@ def _prompt(kind: str, rng: random.Random) -> str:
 def right_answer(prompt: str) -> str:
     """The one right answer, as working and result: "reverse abcd" -> "a-b-c-d > dcba"; that of a
     rewriting prompt too. Raises InputError for what is no built-in task."""
-    kind, *words = prompt.split(" | ")[0].split(" ")
-    if kind in _RESULTS and len(words) == 1 and len(words[0]) > 1:
-        return f"{'-'.join(words[0])} > {_RESULTS[kind](words[0])}"
-    if kind == "count" and len(words) == 2:
-        counts = [str(words[1][: i + 1].count(words[0])) for i in range(len(words[1]))]
-        return f"{'-'.join(counts)} > {counts[-1]}"
-    if kind == "add" and len(words) == 2 and all(re.fullmatch("[1-9][0-9]", w) for w in words):
-        a, b = map(int, words)
-        ones = a % 10 + b % 10
-        tens = a // 10 + b // 10 + ones // 10
-        return f"{a % 10}+{b % 10}={ones}-{a // 10}+{b // 10}={tens} > {a + b}"
-    raise InputError(f"{_short(prompt)} is no built-in task such as 'reverse abcd' or 'add 46 27'")
+    match prompt.split(" | ")[0].split(" "):
+        case [kind, word] if kind in _RESULTS and len(word) > 1:
+            return f"{'-'.join(word)} > {_RESULTS[kind](word)}"
+        case ["count", letter, word]:
+            counts = [str(word[: i + 1].count(letter)) for i in range(len(word))]
+            return f"{'-'.join(counts)} > {counts[-1]}"
+        case ["add", *terms] if re.fullmatch("[1-9][0-9] [1-9][0-9]", " ".join(terms)):
+            a, b = map(int, terms)
+            ones = a % 10 + b % 10
+            tens = a // 10 + b // 10 + ones // 10
+            return f"{a % 10}+{b % 10}={ones}-{a // 10}+{b // 10}={tens} > {a + b}"
+    raise InputError(f"{prompt!r:.60} is no built-in task such as 'reverse abcd' or 'add 46 27'")
 
 
 def flawed_answer(answer: str, rng: random.Random) -> str:
@@ -840,13 +821,9 @@ def write_task_tokenizer(path: str | Path) -> None:
     step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     markers = enumerate(("<|end|>", "<|user|>", "<|assistant|>", "<|system|>"), 256)
-    spec = {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": t, "special": True} | flags for i, t in markers],
-        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
-        **dict.fromkeys(("pre_tokenizer", "decoder"), step),
-        "model": {"type": "BPE", "vocab": dict(ALPHABET), "merges": []},
-    }
+    added = [{"id": i, "content": t, "special": True} | flags for i, t in markers]
+    bytes_alone = {"type": "BPE", "vocab": ALPHABET, "merges": []}
+    spec = {"added_tokens": added, "pre_tokenizer": step, "decoder": step, "model": bytes_alone}
     template = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     template += "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"

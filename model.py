@@ -82,8 +82,10 @@ def reading(what: object) -> Iterator[None]:
         raise InputError(f"{what} is malformed ({type(error).__name__}: {error})") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError for a file that is missing or not that."""
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file, {} for an `optional` one that is missing. Or raises InputError."""
+    if optional and not path.is_file():
+        return {}
     with reading(path):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -144,8 +146,7 @@ class Transformer(nn.Module):
             else:
                 std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5
                 std *= depth if "o_proj" in name or "down_proj" in name else 1
-                values = torch.empty(parameter.shape).normal_(0, std, generator=generator)
-                parameter.data.copy_(values)
+                parameter.data.copy_(torch.normal(0.0, std, parameter.shape, generator=generator))
 
     # Where the weights are, and their type.
     device = property(lambda self: self.model["norm"].weight.device)
@@ -156,7 +157,9 @@ class Transformer(nn.Module):
         used = layout or Packed([tokens.shape[-1]] * len(tokens), [0] * len(tokens), tokens.device)
         x_TD = F.embedding(tokens.flatten(), self.model["embed_tokens"].weight)
         x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
-        rotation = rotations(self.config, used.positions, x_TD.dtype)
+        angles = used.positions[:, None, None].float() * frequencies(self.config, x_TD.device)
+        cos, sin = angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype)
+        rotation = (torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
         used.prepare(self.config, x_TD.dtype)
         for block in self.model["layers"]:
             if self.checkpointing and torch.is_grad_enabled():
@@ -194,10 +197,9 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.layer, self.window, self.head_dim = layer, config.windows[layer], config.head_dim
-        hidden, wide = config.hidden_size, config.num_attention_heads * config.head_dim
-        narrow = config.num_key_value_heads * config.head_dim
-        self.fused: Any = None
         self.heads = [config.num_attention_heads, config.num_key_value_heads]
+        hidden, wide, narrow = config.hidden_size, *(n * config.head_dim for n in self.heads)
+        self.fused: Any = None
         self.q_proj = Linear(hidden, wide, bias=config.qkv_bias)
         self.k_proj = Linear(hidden, narrow, bias=config.qkv_bias)
         self.v_proj = Linear(hidden, narrow, bias=config.qkv_bias)
@@ -256,14 +258,6 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines for positions (T,): two (T, 1, E), computed in float32. The sines
-    of the first half of the channels are negative, as `rotate` wants them."""
-    angles = positions[:, None, None].float() * frequencies(config, positions.device)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-
-
 @lru_cache(maxsize=32)
 def frequencies(config: Config, device: torch.device) -> Tensor:
     """(E/2,) float32: the angle that each pair of channels turns by at one position."""
@@ -280,7 +274,8 @@ def frequencies(config: Config, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns channel i together with channel i + E/2, as Hugging Face's weights expect."""
+    """Turns channel i together with channel i + E/2, as Hugging Face's weights expect. `rotation`
+    are cosines and sines, (T, 1, E), the first half of the sines negated."""
     cos, sin = rotation
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
@@ -452,7 +447,7 @@ class Cache(Packed):
             layout.places = layout.ends[0][1:] - 1
             tokens = [token for prompt in group for token in prompt]
             found.append(model(torch.tensor(tokens, device=device), layout))
-        self.choose(torch.cat(found))
+        self.choose(torch.cat(found), self.counts_B[:, None].clone())
 
     def put(self, places: tuple[Tensor, Tensor], layer: int, k: Tensor, v: Tensor) -> None:
         """Stores keys and values at their rows and positions."""
@@ -460,17 +455,15 @@ class Cache(Packed):
 
     def step(self) -> None:
         """Makes 1 to W tokens a row."""
-        places_W = torch.arange(self.fed_BW.shape[1], device=self.fed_BW.device)
-        places_BW = (self.starts_B + self.counts_B - 1)[:, None] + places_W
+        fed_W = torch.arange(self.fed_BW.shape[1], device=self.fed_BW.device)
+        at_BW = self.counts_B[:, None] + fed_W
         # A row that has stopped, but was kept, may go on past the end: it stays on the last place.
-        self.places_BW = places_BW.clamp_max(self.size - 1)
+        self.places_BW = (self.starts_B[:, None] + at_BW - 1).clamp_max(self.size - 1)
         self.positions = self.places_BW.flatten()
-        self.choose(self.model(self.fed_BW.flatten(), self))
+        self.choose(self.model(self.fed_BW.flatten(), self), at_BW.clamp_max(self.most))
 
-    def choose(self, logits_TV: Tensor) -> None:
+    def choose(self, logits_TV: Tensor, at_BW: Tensor) -> None:
         """Picks a token after each that was fed, and counts those that right guesses precede."""
-        places_W = torch.arange(self.fed_BW.shape[1], device=self.fed_BW.device)
-        at_BW = (self.counts_B[:, None] + places_W).clamp_max(self.most)
         picked_T = self.pick(logits_TV, self.uniforms_BS.gather(1, at_BW).flatten())
         logps_TV, picked_BW = logits_TV.log_softmax(-1), picked_T.view_as(at_BW)
         logps_BW = logps_TV.gather(1, picked_T[:, None]).view_as(at_BW)
@@ -887,9 +880,15 @@ class Config:
         family: Any = raw.get("model_type")
         if family not in [*FAMILIES]:
             raise InputError(f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
-        rope = _rope(raw, where)
-        turning = ROPES[rope["rope_type"]]
-        keys = [*KEYS, *FAMILIES[family]]
+        # RoPE is `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (5).
+        both = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)] or [{}]
+        if type(both[0]) is not dict or both[0] != both[-1]:
+            raise InputError(f"{where}: rope_scaling and rope_parameters are not one equal object")
+        kind = both[0].get("rope_type", both[0].get("type", "default"))
+        if kind not in [*ROPES]:
+            raise InputError(f"{where}: rope_type {kind!r} is not one of {', '.join(ROPES)}")
+        rope = {"rope_theta": raw.get("rope_theta", 10000.0), **both[0], "rope_type": kind}
+        turning, keys = ROPES[kind], [*KEYS, *FAMILIES[family]]
         for given, read in ((raw, keys), (rope, ["rope_type", "type", *turning])):
             for key, value in given.items():
                 off = value in IDLE.get(key, [None, False, "", [], {}])
@@ -919,17 +918,6 @@ class Config:
             raise InputError(f"{where}: low_freq_factor is not below high_freq_factor")
         known["windows"] = _windows(known, where)
         return cls(**{key: known[key] for key in hints})
-
-
-def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (5), in one."""
-    both = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)] or [{}]
-    if type(both[0]) is not dict or both[0] != both[-1]:
-        raise InputError(f"{where}: rope_scaling and rope_parameters are not one equal object")
-    kind = both[0].get("rope_type", both[0].get("type", "default"))
-    if kind not in [*ROPES]:
-        raise InputError(f"{where}: rope_type {kind!r} is not one of {', '.join(ROPES)}")
-    return {"rope_theta": raw.get("rope_theta", 10000.0), **both[0], "rope_type": kind}
 
 
 def _windows(known: Mapping[str, Any], where: str) -> tuple[int | None, ...]:

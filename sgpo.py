@@ -32,7 +32,7 @@ import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -149,10 +149,9 @@ def improver_rows(
     `max_length` and whose perplexity is not above the fence, and x -> gold, so many that these are
     --improver-mix of all. Raises InputError where no target fits."""
     c, tokenizer, rows, given = run.config, run.tokenizer, list[Pair](), list[Pair]()
-    for i, target in enumerate(targets, 1):
-        asked = improver_prompt(target.messages, target.response, c.improver_instruction)
-        example = Example(tuple(asked), target.improved, None, f"target {i}")
-        row = data.encode_example(tokenizer, example)
+    for target in targets:
+        asked = improver_prompt(target.messages, target.rejected or "", c.improver_instruction)
+        row = data.encode_example(tokenizer, replace(target, messages=tuple(asked), rejected=None))
         if len(row.prompt) + len(row.chosen) <= c.max_length:
             before = {"improver": row.prompt, "nothing": [tokenizer.eos_ids[0]]}
             before["prompt"] = tokenizer.apply_chat_template(target.messages, True)

@@ -439,7 +439,7 @@ def test_rows_are_dropped_by_prompt_and_cut_by_length(tmp_path: Path) -> None:
     ("template", "message"),
     [
         (None, "pass --chat-template chatml|zephyr|llama3"),
-        ("{% for m in messages %}", "no jinja template"),
+        ("{% for m in messages %}", "malformed (TemplateSyntaxError"),
         ("{% generation %}x{% endgeneration %}", "unknown tag 'generation'"),
         ("{{ raise_exception('only tools') }}", "only tools"),
         ("{{ messages.__class__.__mro__ }}{{ messages.pop() }}", "SecurityError"),
@@ -448,7 +448,7 @@ def test_rows_are_dropped_by_prompt_and_cut_by_length(tmp_path: Path) -> None:
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ messages | length }}{{ messages[-1].content }}<|im_end|>", "no prefix"),
-        (5, "chat_template is not text"),
+        (5, "malformed (TypeError"),
     ],
 )
 def test_bad_templates_are_one_line_errors(template: Any, message: str, tmp_path: Path) -> None:

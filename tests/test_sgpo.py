@@ -17,7 +17,7 @@ from helpers import GOLDEN, alike, cut, metrics, same, torchrun, weights
 import data
 import sample
 import train
-from data import Example, Pair, Target
+from data import Example, Pair
 from sgpo import (
     IMPROVER,
     SGPO,
@@ -69,14 +69,18 @@ def test_the_stronger_models_prompt_holds_the_gold_too() -> None:
 # ----------------------------------------------------------------------------------- phase 1's rows
 
 
+def target(messages: Any, draft: str, improved: str) -> Example:
+    return Example(tuple(messages), improved, draft, "here")
+
+
 def learner(**flags: Any) -> Run:
     """A run that scores rows in phase 1."""
     return Run(lambda _: [], tokenizer, improver_instruction=SHORT, **flags)
 
 
 def test_the_loss_of_a_row_is_that_of_transformers_with_the_prompt_masked() -> None:
-    targets = [Target([user("sort ba")], "b-a > ba", "b-a > ab"),
-               Target([user("add 12 13")], "?", "2+3=5-1+1=2 > 25")]  # fmt: skip
+    targets = [target([user("sort ba")], "b-a > ba", "b-a > ab"),
+               target([user("add 12 13")], "?", "2+3=5-1+1=2 > 25")]  # fmt: skip
     c = train.parse_args(["--method", "sft", "--model", str(GOLDEN / "start"), "--data", "x"])
     mine = train.Learner(c, GOLDEN / "start", tokenizer, train.Ranks())
     rows, report = improver_rows(targets, [], mine)
@@ -106,7 +110,7 @@ CONTEXTS = {
 def test_a_row_teaches_its_target_whose_perplexity_is_given_what_the_flag_says(given: Any) -> None:
     run, scored = learner(fence_given=given), list[Pair]()
     run.sums = lambda _, pairs: [scored.append(pair) or (-1.0, 0.0) for pair in pairs]
-    (row,), report = improver_rows([Target([user("sort ba")], "x", "ab")], [], run)
+    (row,), report = improver_rows([target([user("sort ba")], "x", "ab")], [], run)
     assert tokenizer.decode(row.prompt) == CONTEXTS["improver"]
     assert (tokenizer.decode(row.chosen), row.rejected) == ("ab<|end|>", [])
     assert tokenizer.decode(scored[0].prompt) == CONTEXTS[given]
@@ -115,7 +119,7 @@ def test_a_row_teaches_its_target_whose_perplexity_is_given_what_the_flag_says(g
 
 
 def test_targets_that_do_not_fit_are_left_out() -> None:
-    targets = [Target([user("sort ba")], "x", "ab" * n) for n in (1, 20)]
+    targets = [target([user("sort ba")], "x", "ab" * n) for n in (1, 20)]
     rows, report = improver_rows(targets, [], learner(max_length=30))
     assert (len(rows), report["too_long"]) == (1, 1)
     with pytest.raises(data.InputError, match="--max-length 12"):
@@ -131,7 +135,7 @@ def test_the_fence_is_tukeys_on_interpolated_quartiles() -> None:
 
 
 def test_targets_beyond_the_fence_fall_and_the_report_counts_them() -> None:
-    targets, values = [Target([user("say")], "x", word) for word in "abcde"], [3, 10, 1, 4, 2]
+    targets, values = [target([user("say")], "x", word) for word in "abcde"], [3, 10, 1, 4, 2]
     run = learner(fence_k=1.5)
     run.sums = lambda *_: [(-2 * math.log(x), 0.0) for x in values]  # a letter and its EOS
     rows, report = improver_rows(targets, [], run)
@@ -146,7 +150,7 @@ def test_targets_beyond_the_fence_fall_and_the_report_counts_them() -> None:
 
 
 def test_the_mix_has_the_share_of_plain_rows_that_was_asked_for() -> None:
-    targets = [Target([user("say")], "x", "ab")] * 30
+    targets = [target([user("say")], "x", "ab")] * 30
     example = Example((user("x"),), "y", None, "here")
     asks = [(example, Pair([2], [i], [])) for i in range(100, 107)]
     asks.append((example, Pair([2], [], [])))  # has no gold
@@ -433,7 +437,7 @@ def test_a_bad_file_of_targets_is_named_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "targets.jsonl"
     good = {"prompt": "a", "response": "b", "improved": "c"}
     found = data.load_targets(write(file, [good, good | {"improved": None}]))
-    assert found == [Target([user("a")], "b", "c")]
+    assert found == [Example((user("a"),), "c", "b", f"{file}:1")]
     for bad in ({"prompt": "a"}, good | {"improved": " "}, good | {"response": 3}, [], {"x": 1}):
         with pytest.raises(data.InputError, match=r"targets.jsonl:2"):
             data.load_targets(write(file, [good, bad]))
