@@ -997,7 +997,7 @@ def run(c: Config, ranks: Ranks) -> None:
             print(f"{out} holds a finished run: nothing to resume; more --steps go on with it")
             return
         if not [*out.glob("checkpoints/step-*")]:
-            raise InputError(f"{out} is finished, and has no checkpoint to go on from: --save-every")
+            raise InputError(f"{out} is finished, with no checkpoint to go on from: --save-every")
     now = torch.tensor(time.time() * ranks.first, dtype=torch.float64, device=ranks.device)
     c.date = c.date or saved.get("date", datetime.fromtimestamp(int(ranks.sum(now))).isoformat())
     with lm.reading(f"--date {c.date}"):

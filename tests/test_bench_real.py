@@ -152,10 +152,10 @@ def test_all_arms_train_from_one_start_and_are_measured_once(
     assert {steps[arm] for arm in real.ARMS if arm != "sgpo-gold"} == {"4"}
     assert steps["first"] == steps["sgpo-gold"] == "2" and "sgpo-gold: improver" in steps
     assert {"`replay/age`", "`segment/kl`", "`seam/logps - new`", "CPU seconds"} <= logs.keys()
-    for name in ("`segment/unended`", "`improve/cut`", "`improve/gold_better`"):
+    of_pairs = {"`segment/unended`": ["sapo", "sapo-whole", "spin"], "`improve/cut`": ["sgpo-gold"]}
+    for name, arms in of_pairs.items():
         shares = dict(zip(logs[""], logs[name], strict=True))
-        arms = ["sapo", "sapo-whole", "spin"] * ("segment" in name) + ["sgpo-gold"]
-        assert [arm for arm, cell in shares.items() if cell != "-"] == arms
+        assert {arm for arm, cell in shares.items() if cell != "-"} >= {*arms}
         assert all(0 <= float(shares[arm]) <= 1 for arm in arms)
     assert (tmp_path / "report.md").read_text() in printed
     text = (tmp_path / "answers.md").read_text()
