@@ -813,7 +813,8 @@ class Config(sapo.Settings, sgpo.Settings):
 TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
     "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": [1e-4], "max_length": 128,
     "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.1, "max_new_tokens": 40,
-    "segment_length": "8", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+    "segment_length": "full", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0,
+    "top_p": 1.0,
     "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256, "sft_lr": 1e-4,
     "responses_per_prompt": 2, "drop_identical": True,
 }  # fmt: skip
@@ -823,12 +824,14 @@ TASKS_SGPO = TASKS | {
     "improver_instruction": data.REWRITE_PROMPT.replace("{draft}", "{answer}"),
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {"tasks": TASKS, "tasks-sgpo": TASKS_SGPO}
+RECIPES["tasks-segments"] = TASKS | {"segment_length": "8"}  # of some 15 tokens
 RECIPES |= sapo.RECIPES | sgpo.RECIPES
 RECIPES |= {
     f"{base}-{name}": RECIPES[base] | change
     for base in ("tasks", "sapo-llama3-8b", "sapo-orpo-llama3-8b")
     for name, change in sapo.ABLATIONS.items()
     if not ("orpo" in base and "ref_update" in change)  # it has no reference
+    and not change.items() <= RECIPES[base].items()  # the tasks have no segments
 }
 OWN: dict[str, dict[str, Any]] = {  # a method's own defaults
     "spin": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "rounds": 4},  # [spin]

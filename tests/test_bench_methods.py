@@ -259,7 +259,7 @@ def test_the_curves_of_the_frontier_make_sense_and_share_what_they_begin_with():
             based = [run for run in runs if run.base]
             assert all(run.base == runs[0] for run in based)
             assert {run.start for run in runs} == {frontier.starts_of(curves, [2])[0].start}
-        shared = [run.key for run in curves["SFT, then SAPO whole"].runs(2)]
+        shared = [run.key for run in curves["SFT, then SAPO"].runs(2)]
         assert shared[0] in [run.key for run in curves["SFT"].runs(2)]
 
 

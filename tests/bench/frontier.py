@@ -2,7 +2,7 @@
 
     python tests/bench/frontier.py --out DIR --seeds 8                     # 128 clean rows
     python tests/bench/frontier.py --out DIR --setting frontier-8 frontier-open
-    python tests/bench/frontier.py --out DIR --only SPIN "SAPO whole"      # and SFT, the control
+    python tests/bench/frontier.py --out DIR --only SPIN "SAPO, segments"      # and SFT, the control
     python tests/bench/frontier.py --list
     python tests/bench/pictures.py --frontier DIR/frontier.json            # pictures/frontier.svg
 
@@ -75,30 +75,30 @@ Methods = dict[str, Method]
 
 
 def in_short(lengths: Sequence[int], **which: Any) -> Methods:
-    """SFT of several lengths, SPIN, SAPO as the recipe has it and on whole responses, alone and
-    behind SFT. which: rows and tasks."""
+    """SFT of several lengths, SPIN, SAPO as the recipe has it and on segments, alone and behind
+    SFT. which: rows and tasks."""
     sft = {n: methods.sft(n, **which) for n in lengths}
-    whole = Arm({"segment_length": "full"}, seconds=20, **which)
+    whole = Arm(seconds=20, **which)
     return {
         CONTROL: Method(tuple(sft.values()), WIDE),
         "SFT, 120 steps": Method((sft[120],), MIDDLE),
         "SPIN": Method((Arm({"method": "spin"}, seconds=10, **which),), MIDDLE),
-        "SAPO": Method((Arm(seconds=15, **which),), MIDDLE),
-        "SAPO whole": Method((whole,), MIDDLE),
-        "SFT, then SAPO whole": Method((whole,), LOW, sft[60]),
+        "SAPO": Method((whole,), MIDDLE),
+        "SAPO, segments": Method((Arm(methods.SEGMENTS, seconds=15, **which),), MIDDLE),
+        "SFT, then SAPO": Method((whole,), LOW, sft[60]),
     }
 
 
 def in_full() -> Methods:
     """Also SAPO's parts, one by one, SGPO, and what else may come behind SFT."""
     curves = in_short((60, 120))
-    (whole,), sft = curves["SAPO whole"].arms, curves[CONTROL].arms
+    (whole,), sft, segments = curves["SAPO"].arms, curves[CONTROL].arms, methods.SEGMENTS
     for name in ("on-policy", "no-ema", "no-replay", "fixed-reference"):
-        arm = replace(whole, flags=whole.flags | methods.sapo.ABLATIONS[name])
-        curves[f"SAPO whole, {name}"] = Method((arm,), MIDDLE)
-    as_it_was = Arm({"responses_per_prompt": 1, "drop_identical": False}, seconds=15)
-    curves["SAPO, as it was"] = Method((as_it_was,), MIDDLE)
-    curves["SAPO + NLL"] = Method((Arm({"nll_weight": 1.0}, seconds=15),), MIDDLE)
+        arm = replace(whole, flags=methods.sapo.ABLATIONS[name])
+        curves[f"SAPO, {name}"] = Method((arm,), MIDDLE)
+    as_it_was = {"responses_per_prompt": 1, "drop_identical": False}
+    curves["SAPO, segments, as it was"] = Method((Arm(segments | as_it_was, seconds=15),), MIDDLE)
+    curves["SAPO, segments + NLL"] = Method((Arm(segments | {"nll_weight": 1.0}),), MIDDLE)
     improver, sgpo = methods.improver_and("", ["sgpo"], {}).values()
     curves["SGPO, improver"] = Method((improver,), WIDE)
     curves["SGPO"] = Method((sgpo,), LOWEST, improver)

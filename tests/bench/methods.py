@@ -114,6 +114,7 @@ class Run:
 
 
 Arms = dict[str, Arm]
+SEGMENTS = {"segment_length": "8"}  # as the recipe `tasks-segments`
 SELF_IMPROVER = {k: v for k, v in train.TASKS_SGPO.items() if train.TASKS.get(k) != v}
 SELF_IMPROVER |= {"target_source": "tasks"}
 
@@ -130,7 +131,8 @@ def table() -> Arms:
     arms["orpo"] = Arm({"method": "orpo"}, seconds=13)
     arms["spin"] = Arm({"method": "spin"}, seconds=18)
     arms["sapo"] = Arm()
-    arms |= {f"sapo {name}": Arm(dict(change)) for name, change in sapo.ABLATIONS.items()}
+    changes = sapo.ABLATIONS | {"no-segment": SEGMENTS}  # the recipe has none
+    arms |= {f"sapo {x.replace('no-s', 's')}": Arm(dict(y)) for x, y in changes.items()}
     arms["sapo + nll"] = Arm({"nll_weight": 1.0})
     arms["sapo orpo"] = Arm({"loss": "orpo"}, seconds=16)
     arms["sapo orpo, lambda 0"] = Arm({"loss": "orpo", "orpo_lambda": 0.0}, seconds=16)
@@ -163,12 +165,11 @@ def improver_and(name: str, second: Sequence[str], more: Mapping[str, Any], **ar
 
 def few(rows: str, lengths: Sequence[int] = (30, 60, 120)) -> Arms:
     """Few gold responses, or flawed ones: SAPO against SFT of several lengths."""
-    whole = {"segment_length": "full"}
     arms = {f"sft, {steps} steps": sft(steps, rows=rows) for steps in lengths}
     arms["sapo"] = Arm(rows=rows)
-    arms["sapo no-segment"] = Arm(whole, rows=rows)
-    arms["sapo no-segment + nll"] = Arm(whole | {"nll_weight": 1.0}, rows=rows)
-    arms["sapo no-segment orpo"] = Arm(whole | {"loss": "orpo", "orpo_lambda": 1.0}, rows=rows)
+    arms["sapo segments"] = Arm(SEGMENTS, rows=rows)
+    arms["sapo + nll"] = Arm({"nll_weight": 1.0}, rows=rows)
+    arms["sapo orpo"] = Arm({"loss": "orpo", "orpo_lambda": 1.0}, rows=rows)
     return arms
 
 
@@ -181,9 +182,9 @@ def many_prompts(count: int) -> Arms:
 
 
 def other_values() -> Arms:
-    """SAPO's segments, EMA and replay at other values than the recipe's."""
+    """SAPO's segments, EMA and replay at other values than the recipe's: whole, 0.5 and 512."""
     tried = {
-        "segment_length": ("4", "16"),
+        "segment_length": ("4", "8", "16"),
         "ema_decay": (0.9, 0.99),
         "replay_capacity": (128, 4096),
     }
@@ -197,7 +198,7 @@ def open_tasks(arms: Arms) -> Arms:
 
 
 def in_short() -> Arms:
-    """A method each, SAPO on segments and on whole responses, and SFT of three lengths."""
+    """A method each, SAPO on whole responses and on segments, and SFT of three lengths."""
     names, every = ("dpo", "orpo", "spin", "improver", "sgpo", "greedy nll"), table()
     return few("clean 128", (60, 120, 360)) | {name: every[name] for name in names}
 

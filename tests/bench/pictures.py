@@ -41,7 +41,8 @@ FOLDER = Path(__file__).with_suffix("")
 STEPS = range(0, 121, 20)  # of the accuracies; the recipe's 120 steps
 BIN = 6  # steps averaged for a point of a curve; the reference is refreshed every 30
 RUNS = {
-    "sapo": "--method sapo --save-every 20 --trace-steps 1 --trace {}/sapo.safetensors",
+    "sapo": "--method sapo --save-every 20",
+    "pair": "--recipe tasks-segments --steps 1 --trace {}/pair.safetensors",  # its first pairs
     "sft": "--method sft --recipe tasks --save-every 20",
     "sgpo": "--method sgpo",
 }
@@ -50,7 +51,7 @@ GREY, PURPLE, GREEN, RED, BLUE = "#808080", "#8e5ea2", "#2e8b57", "#d1495b", "#3
 PARTS = {"x": GREY, "A": PURPLE, "B": GREEN, "B'": RED, "C": BLUE}
 METHOD = {"start": GREY, "improver": "#d9a400", "SAPO": BLUE, "SGPO": BLUE, "SFT control": RED}
 COLORS = (RED, "#d9a400", GREEN, BLUE, PURPLE, GREY)  # the frontier's curves, SFT first
-CURVES = ("SFT", "SPIN", "SAPO", "SAPO whole", "SFT, then SAPO whole")
+CURVES = ("SFT", "SPIN", "SAPO", "SAPO, segments", "SFT, then SAPO")
 FORGOTTEN = {"lost": "greedy accuracy lost, points", "kl": "nats a response"}
 NO_DATE = {"Date": None, "Creator": None}
 STYLE = {
@@ -108,17 +109,17 @@ class Runs:
         return shares
 
     def pair(self) -> tuple[Any, data.Tokenizer]:
-        """The first pair that the first seed's run of SAPO made, of those in which A, B and C all
+        """The first pair that SAPO with segments makes of the first seed's start, of those in which A, B and C all
         have tokens, C is still there behind B', and B' differs from B."""
         folder = self.out / str(self.seeds[0])
-        traced = load_file(folder / "sapo.safetensors")
+        traced = load_file(folder / "pair.safetensors")
         keys = ("tokens", "lengths", "bounds", "logp")
         made: Any = sapo.unpack({key: traced[f"fresh/{key}"] for key in keys})
         for pair in made:
             start, stop, new_stop, _ = pair.cut
             whole = start > 0 and stop < len(pair.chosen) and new_stop < len(pair.rejected)
             if whole and pair.chosen != pair.rejected:
-                return pair, data.load_tokenizer(folder / "sapo" / "final")
+                return pair, data.load_tokenizer(folder / "pair" / "final")
         raise ValueError("there is no such pair")
 
 
