@@ -2,7 +2,7 @@
 
     python tests/bench/frontier.py --out DIR --seeds 8                     # 128 clean rows
     python tests/bench/frontier.py --out DIR --setting frontier-8 frontier-open
-    python tests/bench/frontier.py --out DIR --only SPIN "SAPO, segments"      # and SFT, the control
+    python tests/bench/frontier.py --out DIR --only SPIN "SAPO, segments"  # and SFT, the control
     python tests/bench/frontier.py --list
     python tests/bench/pictures.py --frontier DIR/frontier.json            # pictures/frontier.svg
 

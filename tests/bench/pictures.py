@@ -109,8 +109,8 @@ class Runs:
         return shares
 
     def pair(self) -> tuple[Any, data.Tokenizer]:
-        """The first pair that SAPO with segments makes of the first seed's start, of those in which A, B and C all
-        have tokens, C is still there behind B', and B' differs from B."""
+        """The first pair that SAPO with segments makes of the first seed's start, of those in which
+        A, B and C all have tokens, C is still there behind B', and B' differs from B."""
         folder = self.out / str(self.seeds[0])
         traced = load_file(folder / "pair.safetensors")
         keys = ("tokens", "lengths", "bounds", "logp")
