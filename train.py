@@ -1036,7 +1036,8 @@ def run(c: Config, ranks: Ranks) -> None:
             sft(c, start, rows, first, **OWN["sft"] | {"steps": c.sft_first, "lr": [c.sft_lr]})
         files.before, start = c.sft_first, first.final
     if on_tasks and c.method != "sft" and not models["sft control"].exists():
-        control(c, models["start"], rows[:128], files, files.before + steps)
+        good = [row for _, row in (read.get("--data") or read["prompts"])[:128]]
+        control(c, models["start"], good, files, files.before + steps)
     learner = Learner(c, start, tokenizer, ranks, *source.roles)
     fit(c, learner, source(rows, learner), files)
     if ranks.first:

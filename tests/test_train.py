@@ -653,18 +653,19 @@ def test_a_bad_checkpoint_gives_one_line_and_leaves_nothing(
     assert name == "not finite" or not out.exists()
 
 
+@pytest.mark.parametrize("method", ["sapo", "sgpo"])
 def test_the_embedded_default_makes_start_control_result_and_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setitem(train.START, "steps", 3)
     out, real = tmp_path / "run", data.task_examples
     monkeypatch.setattr(data, "task_examples", lambda split, n, *how: real(split, n // 8, *how))
-    assert run("--out", out, "--steps", 2, "--batch-size", 4) == 0
+    assert run("--out", out, "--method", method, "--steps", 2, "--batch-size", 4) == 0
     shown = capsys.readouterr().out
-    for name in ("start", "sft control", "sapo"):
+    for name in ("start", "sft control", method):
         assert any(line.startswith(name) and line.count("/") == 4 for line in shown.split("\n"))
-        assert Transformer.from_pretrained(out / {"sapo": "final"}.get(name, name.split()[-1]))
-    assert [row["step"] for row in metrics(out)] == [2]
+        assert Transformer.from_pretrained(out / {method: "final"}.get(name, name.split()[-1]))
+    assert metrics(out)[-1]["phase"] == method
     assert "eval/accuracy/unseen" in metrics(out)[-1]
     # the start is an ordinary checkpoint: --model takes it
     assert run("--model", out / "start", "--out", tmp_path / "b", "--steps", 1) == 0
