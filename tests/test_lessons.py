@@ -403,7 +403,8 @@ def test_lora_is_pefts_and_its_merged_model_loads_in_transformers(
     trained = weights(out / "checkpoints" / "step-4", "policy")
     assert all(torch.equal(trained[name], value) for name, value in origin.items())
     adapters = {name: value for name, value in trained.items() if name not in origin}
-    assert len(adapters) == 3 * 4 * 2 and all(value.abs().sum() > 0 for value in adapters.values())
+    assert len(adapters) == 2 * sum("self_attn" in name for name in origin)
+    assert all(value.abs().sum() > 0 for value in adapters.values())
     pairs = [m.data.Pair(*pair) for pair in sides(trace)]  # the reference is the start to the end
     start = m.model.Transformer.from_pretrained(GOLDEN / "start")
     with torch.no_grad():
