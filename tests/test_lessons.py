@@ -360,6 +360,30 @@ def test_what_tensorboard_is_told_is_in_its_file(lesson: Lesson, tmp_path: Path)
         assert told == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("tspin", "--method tspin --rounds 2"),
+        ("ditto", "--method ditto --sft-first 2 --resample-every 2"),
+        ("apo", "--method spin --rounds 3 --momentum 0.5"),
+    ],
+)
+def test_a_lessons_run_that_is_cut_goes_on_and_ends_the_same(
+    name: str, flags: str, lesson: Lesson, tmp_path: Path
+) -> None:
+    m, out = lesson(name), tmp_path / "run"
+    words = [*USUAL.split(), *flags.split(), "--steps", "6", "--max-new-tokens", "12"]
+    words += ["--save-every", "2", "--out", str(out)]
+    assert m.train.main(words) == 0
+    whole, rows = weights(out), metrics(out)
+    shutil.rmtree(out / "final")
+    *_, cut = sorted((out / "checkpoints").iterdir())
+    shutil.rmtree(cut)
+    assert m.train.main([*words, "--resume"]) == 0
+    assert metrics(out) == rows
+    assert all(torch.equal(weights(out)[key], value) for key, value in whole.items())
+
+
 # -------------------------------------------------------------------------------------- the model
 
 

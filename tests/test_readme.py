@@ -5,23 +5,14 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import json
-import math
-import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from helpers import BENCH, GOLDEN, ROOT
-from safetensors.numpy import load_file
+from helpers import BENCH, ROOT
 from torch.distributed.run import get_args_parser
 
 import sample
@@ -184,56 +175,9 @@ def test_the_list_of_files_is_whole() -> None:
     assert {f"{name}.py" for name in MODULES} < listed
 
 
-def change(which: str, folder: Path, flags: str) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Applies the README's diff that adds `which` to a copy of the sources, trains two steps with
-    it on the golden start: the trace, and the losses in metrics.jsonl."""
-    (diff,) = (text for language, text in BLOCKS if language == "diff" and which in text)
-    assert len(diff.splitlines()) < 30
-    for name in MODULES:
-        shutil.copy(ROOT / f"{name}.py", folder)
-    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    told = {"cwd": folder, "env": alone, "text": True, "capture_output": True, "check": False}
-    done = subprocess.run(["git", "apply", "-"], input=diff, **told)
-    assert done.returncode == 0, done.stderr
-    usual = f"--model {GOLDEN}/start --data {GOLDEN}/rows.jsonl --steps 2 --batch-size 6"
-    usual += (
-        " --beta 0.1 --max-length 64 --lr 2e-4 --warmup 0 --log-every 1 --out run --trace trace.st"
-    )
-    done = subprocess.run([sys.executable, "train.py", *usual.split(), *flags.split()], **told)
-    assert done.returncode == 0, done.stderr
-    rows = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return load_file(folder / "trace.st"), [json.loads(row)["loss"] for row in rows]
-
-
-def check(trace: dict[str, np.ndarray], losses: list[float], loss: Callable[..., Any]) -> None:
-    """`loss` is that of the log-ratios of policy to reference, chosen and rejected."""
-    sides = ("chosen", "rejected")
-    a, b = (trace[f"pair/logps/{side}"] - trace[f"pair/ref_logps/{side}"] for side in sides)
-    expected = loss(a, b)
-    assert len(expected) == 12 and expected[6:].std() > 0
-    np.testing.assert_allclose(trace["pair/losses"], expected, rtol=1e-4)
-    assert losses[1] == pytest.approx(expected[6:].mean(), rel=1e-4)
-
-
-def test_the_readmes_loss_is_sppos(tmp_path: Path) -> None:
-    """At the start both log-ratios are 0, and with beta = 0.1 the loss 2 (1 / 0.2)^2 = 50."""
-    trace, losses = change("sppo", tmp_path, "--method dpo --loss sppo")
-    assert losses[0] == pytest.approx(50, abs=1e-3)
-    check(trace, losses, lambda a, b: (a - 5) ** 2 + (b + 5) ** 2)
-    assert trace["pair/losses"].std() > 0.1
-
-
-def test_the_readmes_source_takes_other_rows_responses(tmp_path: Path) -> None:
-    """DPO's loss is ln 2 at the start, and then -log sigmoid(0.1 (a - b))."""
-    flags = f"--method random --eval-data {GOLDEN}/rows.jsonl"
-    trace, losses = change("class Random", tmp_path, flags)
-    ends = np.cumsum(trace["pair/lengths"])
-    sides = [side.tolist() for side in np.split(trace["pair/tokens"], ends[:-1])]
-    chosen, rejected = sides[1::3], sides[2::3]
-    for step in (0, 6):
-        batch = chosen[step : step + 6]
-        assert rejected[step : step + 6] == [batch[-1], *batch[:-1]]
-    assert all(good != bad for good, bad in zip(chosen, rejected, strict=True))
-    check(trace, losses, lambda a, b: np.log1p(np.exp(-0.1 * (a - b))))
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert losses[1] < losses[0]
+def test_the_readmes_diff_and_table_are_the_lessons() -> None:
+    (shown,) = (text for language, text in BLOCKS if language == "diff")
+    files = {path.stem: path.read_text() for path in (ROOT / "tests" / "lessons").glob("*.diff")}
+    assert files["sppo"].endswith(f"\n\n{shown}")
+    table = README.split("## Change it")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| \[`(\w+)`\]", table, re.MULTILINE)) == files.keys()
