@@ -394,8 +394,9 @@ def test_qwen3s_logits_are_transformers(lesson: Lesson, tmp_path: Path) -> None:
     sizes |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.AutoConfig.for_model("qwen3", **sizes)
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(0)
     for parameter in theirs.parameters():
-        parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+        parameter.data.normal_(0, 0.3, generator=generator)
     theirs.eval().save_pretrained(tmp_path / "qwen3")
     ours = m.model.Transformer.from_pretrained(tmp_path / "qwen3")
     tokens = torch.randint(0, 97, (2, 19), generator=torch.Generator().manual_seed(0))
