@@ -365,16 +365,24 @@ def logs(lab: Lab, runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, str
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    add = parser.add_argument
-    add("--data", required=True, help="rows with good responses")
-    add("--pairs", required=True, help="rows with chosen and rejected")
-    add("--out", type=Path, required=True)
-    add("--model", type=Path, help="[SmolLM2-135M-Instruct]")
-    add("--only", nargs="+", choices=ARMS, default=[*ARMS], help=f"arms, and {CONTROL} [all]")
-    add("--first-lr", type=float, default=1e-5, help="rate of the first steps of SFT [1e-5]")
-    add("--lr-of", nargs="+", default=[], metavar="ARM=LR", help="rates that are not chosen")
-    add("--precision", choices=["fp32", "bf16"], default="bf16", help="of training [bf16]")
-    add("--ifeval", type=Path, metavar="FILE", help="IFEval's prompts [none]")
+
+    parser.add_argument("--data", required=True, help="rows with good responses")
+    parser.add_argument("--pairs", required=True, help="rows with chosen and rejected")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="[SmolLM2-135M-Instruct]")
+    parser.add_argument(
+        "--only", nargs="+", choices=ARMS, default=[*ARMS], help=f"arms, and {CONTROL} [all]"
+    )
+    parser.add_argument(
+        "--first-lr", type=float, default=1e-5, help="rate of the first steps of SFT [1e-5]"
+    )
+    parser.add_argument(
+        "--lr-of", nargs="+", default=[], metavar="ARM=LR", help="rates that are not chosen"
+    )
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="bf16", help="of training [bf16]"
+    )
+    parser.add_argument("--ifeval", type=Path, metavar="FILE", help="IFEval's prompts [none]")
     numbers = {
         "seeds": (3, "of the table"), "first": (32, "steps of SFT before all arms"),
         "steps": (32, "gradient steps of an arm"), "rates": (4, "tried for an arm, at most"),
@@ -386,7 +394,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     }  # fmt: skip
     for name, (default, told) in numbers.items():
         add(f"--{name}", type=int, default=default, help=f"{told} [{default}]")
-    add("--quick", action="store_true", help="few of all")
+    parser.add_argument("--quick", action="store_true", help="few of all")
     if "--quick" in (sys.argv[1:] if argv is None else argv):
         small = {"first": 8, "steps": 8, "seeds": 1, "rates": 2, "held_out": 32, "validation": 16}
         parser.set_defaults(**small, answers=8, ifeval_limit=32)
