@@ -383,6 +383,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--precision", choices=["fp32", "bf16"], default="bf16", help="of training [bf16]"
     )
     parser.add_argument("--ifeval", type=Path, metavar="FILE", help="IFEval's prompts [none]")
+    parser.add_argument("--ifeval-limit", type=int, default=541, help="of its prompts [541]")
     numbers = {
         "seeds": (3, "of the table"), "first": (32, "steps of SFT before all arms"),
         "steps": (32, "gradient steps of an arm"), "rates": (4, "tried for an arm, at most"),
@@ -390,10 +391,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "segment-length": (64, "of the arm sapo"), "answer-tokens": (256, "of answers, at most"),
         "save-every": (16, "steps between checkpoints"), "held-out": (96, "pairs for the table"),
         "validation": (64, "pairs that choose"), "answers": (32, "to held-out prompts"),
-        "ifeval-limit": (541, "of IFEval's prompts"),
     }  # fmt: skip
     for name, (default, told) in numbers.items():
-        add(f"--{name}", type=int, default=default, help=f"{told} [{default}]")
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{told} [{default}]")
     parser.add_argument("--quick", action="store_true", help="few of all")
     if "--quick" in (sys.argv[1:] if argv is None else argv):
         small = {"first": 8, "steps": 8, "seeds": 1, "rates": 2, "held_out": 32, "validation": 16}
