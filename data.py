@@ -132,7 +132,7 @@ def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
 
 # -------------------------------------------------------------------------------------- data files
 ROLES = ("system", "user", "assistant")
-RESPONSE_KEYS = ("chosen", "real", "response", "messages")  # the first that a row has counts
+RESPONSE_KEYS = ("chosen", "real", "response", "completion", "messages")  # the first that a row has counts
 REJECTED_KEYS = ("rejected", "generated")
 
 
@@ -140,8 +140,8 @@ def load_examples(
     paths: str | Path | Sequence[str | Path], rejected: bool | None = False, prompts: bool = False
 ) -> list[Example]:
     """The rows of JSON or JSONL files in order: `{"messages"}`, `{"prompt", "chosen", "rejected"}`,
-    `{"prompt", "response"}` or `{"real", "generated"}`; each side is text or messages, with or
-    without the prompt before it. Raises InputError naming file and line. `rejected`: each row must
+    `{"prompt", "response"}` (or "completion") or `{"real", "generated"}`; each side is text or
+    messages, with or without the prompt before it. Raises InputError naming file and line. `rejected`: each row must
     have a rejected side; None: it may; False: that is not even looked at. `prompts`: a row may end
     with the user's turn, and then has the response ""."""
     files = [paths] if isinstance(paths, str | Path) else paths
@@ -197,6 +197,8 @@ def _example(where: str, row: Any, rejected: bool | None, prompts: bool) -> Exam
             return Example(tuple(_asked(turns, where)), "", None, where)
     if key is None:
         raise InputError(f"{where}: no {', '.join(map(repr, RESPONSE_KEYS))} in the row")
+    if key == "completion" and row.get("label") is False:  # as TRL's KTO has them
+        raise InputError(f"{where}: 'label' is false: the completion is a bad one")
     messages, response = _side(row, key, prompt, where)
     other, answer = next((k for k in REJECTED_KEYS if row.get(k) is not None), None), None
     if rejected is not False and other is not None:

@@ -471,6 +471,9 @@ S, B = {"role": "system", "content": ""}, {"role": "assistant", "content": "bad"
         ({"messages": [U, A], "rejected": "bad"}, (U,), "bad"),
         ({"prompt": "q", "response": "good"}, (U,), None),
         ({"prompt": [S, U], "response": [A]}, (S, U), None),
+        ({"prompt": "q", "completion": "good", "label": True}, (U,), None),  # as TRL has them
+        ({"prompt": [S, U], "completion": [A]}, (S, U), None),
+        ({"prompt": [U], "completion": [B, U, A]}, (U, B, U), None),
         ({"prompt": "q", "chosen": "good", "rejected": "bad"}, (U,), "bad"),
         ({"prompt": [U], "chosen": [A], "rejected": [B]}, (U,), "bad"),
         ({"prompt": [S, U], "chosen": "good", "rejected": [B]}, (S, U), "bad"),
@@ -555,6 +558,8 @@ GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
         ('{"prompt": "q", "chosen": "a"}', 1, "no 'rejected'"),
         ('{"prompt": "q", "chosen": [], "rejected": "b"}', 1, "should be text or a list"),
         ('{"prompt": "q", "chosen": ["a"], "rejected": "b"}', 1, "'role' ("),
+        ('{"prompt": "q", "completion": ""}', 1, "'completion', turn 1: the assistant's text is em"),
+        ('{"prompt": "q", "completion": "a", "label": false}', 1, "'label' is false"),
         (json.dumps({"messages": [U]}), 1, "end with an assistant's turn"),
         (json.dumps({"messages": [A]}), 1, "no user's turn"),
         (json.dumps({"messages": {"role": "user"}}), 1, "list of turns"),
