@@ -15,6 +15,7 @@ them, white space beyond 100,000 characters is cut, and no byte outside the voca
 """
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import json
@@ -74,35 +75,54 @@ class Example:
     where: str  # "file:line", for messages to people
 
 
+class BadRow(InputError):
+    """The fault of a row alone: others may be good."""
+
+
 Target = Example  # `response` improves `rejected`, and is what the improver is to learn
 
 
 # ----------------------------------------------------------------------------- examples to tokens
 def encode_examples(
-    examples: Sequence[Example], tokenizer: "Tokenizer", max_length: int, max_prompt_length: int
-) -> tuple[list[Example], list[Pair], dict[str, int]]:
+    examples: Sequence[Example], tokenizer: "Tokenizer", max_length: int, max_prompt_length: int,
+    bad: list[str] | None = None,
+) -> tuple[list[Example], list[Pair], dict[str, int]]:  # fmt: skip
     """The examples that fit, their pairs, and how many rows were read, dropped and cut.
     A row whose prompt has `max_prompt_length` tokens or more is dropped (the official SAPO code's
     rule); responses are cut so that prompt and response have at most `max_length` tokens.
-    Raises InputError where no row is left, and for a row that the chat template refuses."""
+    Raises InputError where no row is left. BadRows, refused by the chat template, go to `bad`."""
     if not 0 < max_prompt_length <= max_length:
         raise InputError(f"max prompt length {max_prompt_length} is not from 1 to {max_length}")
     counts = {"rows": len(examples), "dropped_prompt": 0, "cut_response": 0, "cut_rejected": 0}
     kept, pairs = [], []
     for example in examples:
-        prompt, chosen, rejected, _ = encode_example(tokenizer, example)
-        if len(prompt) >= max_prompt_length:
-            counts["dropped_prompt"] += 1
-            continue
-        room = max_length - len(prompt)
-        counts["cut_response"] += len(chosen) > room
-        counts["cut_rejected"] += len(rejected) > room
-        kept.append(example)
-        pairs.append(Pair(prompt, chosen[:room], rejected[:room]))
+        with leaving_out(bad):
+            prompt, chosen, rejected, _ = encode_example(tokenizer, example)
+            if len(prompt) >= max_prompt_length:
+                counts["dropped_prompt"] += 1
+                continue
+            room = max_length - len(prompt)
+            counts["cut_response"] += len(chosen) > room
+            counts["cut_rejected"] += len(rejected) > room
+            kept.append(example)
+            pairs.append(Pair(prompt, chosen[:room], rejected[:room]))
     if not pairs:
+        if bad and not counts["dropped_prompt"]:
+            raise InputError(f"no row is good; the first: {bad[0]}")
         told = f"rows is left: their prompts have {max_prompt_length} tokens or more"
         raise InputError(f"none of the {len(examples)} {told}; raise --max-prompt-length")
     return kept, pairs, counts
+
+
+@contextlib.contextmanager
+def leaving_out(bad: list[str] | None) -> Iterator[None]:
+    """Around the reading of a row: what a BadRow says goes to `bad`, where that is a list."""
+    try:
+        yield
+    except BadRow as error:
+        if bad is None:
+            raise
+        bad.append(str(error))
 
 
 def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
@@ -127,25 +147,38 @@ def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
             side.extend(tokenizer.end_turn(ids[len(prompt) :]))
         return pair
     except InputError as error:
-        raise InputError(f"{example.where}: {error}") from None
+        raise type(error)(f"{example.where}: {error}") from None
 
 
 # -------------------------------------------------------------------------------------- data files
 ROLES = ("system", "user", "assistant")
-RESPONSE_KEYS = ("chosen", "real", "response", "completion", "messages")  # the first that a row has counts
+RESPONSE_KEYS = ("chosen", "real", "response", "completion", "messages")  # a row's first counts
 REJECTED_KEYS = ("rejected", "generated")
 
 
 def load_examples(
-    paths: str | Path | Sequence[str | Path], rejected: bool | None = False, prompts: bool = False
-) -> list[Example]:
+    paths: str | Path | Sequence[str | Path], rejected: bool | None = False, prompts: bool = False,
+    all_turns: bool = False, bad: list[str] | None = None,
+) -> list[Example]:  # fmt: skip
     """The rows of JSON or JSONL files in order: `{"messages"}`, `{"prompt", "chosen", "rejected"}`,
-    `{"prompt", "response"}` (or "completion") or `{"real", "generated"}`; each side is text or
-    messages, with or without the prompt before it. Raises InputError naming file and line. `rejected`: each row must
-    have a rejected side; None: it may; False: that is not even looked at. `prompts`: a row may end
-    with the user's turn, and then has the response ""."""
-    files = [paths] if isinstance(paths, str | Path) else paths
-    return [_example(*found, rejected, prompts) for file in files for found in read_rows(file)]
+    `{"prompt", "response"}`, `{"prompt", "completion"}` or `{"real", "generated"}`; each side is
+    text or messages, with or without the prompt before it. InputErrors name file and line; BadRows
+    go to `bad`, where it is a list. `rejected`: each row must have a rejected side; None: it may;
+    False: that is not even looked at. `prompts`: a row may end with the user's turn, and then has
+    the response "". `all_turns`: of `messages`, unless a rejected side is read, the assistant's
+    earlier turns are responses too, where a user's is before them."""
+    files, examples = [paths] if isinstance(paths, str | Path) else paths, list[Example]()
+    for where, row in (found for file in files for found in read_rows(file)):
+        with leaving_out(bad):
+            new = [last := _example(where, row, rejected, prompts)]
+            if all_turns and last.rejected is None and {*RESPONSE_KEYS} & {*row} == {"messages"}:
+                said, who = last.messages, [turn["role"] for turn in last.messages]
+                ends = [i for i, r in enumerate(who) if r == "assistant" and "user" in who[:i]]
+                new[:0] = [Example(said[:i], said[i]["content"], None, where) for i in ends]
+            if prompts and any(example.messages[-1]["role"] != "user" for example in new):
+                raise BadRow(f"{where}: the turn before the response is not the user's")
+            examples += new
+    return examples
 
 
 def load_targets(path: str | Path) -> list[Target]:
@@ -188,7 +221,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 def _example(where: str, row: Any, rejected: bool | None, prompts: bool) -> Example:
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a row should be a JSON object, not {row!r:.60}")
+        raise BadRow(f"{where}: a row should be a JSON object, not {row!r:.60}")
     prompt = _turns(row["prompt"], "prompt", "user", where) if row.get("prompt") else []
     key = next((k for k in RESPONSE_KEYS if k in row), None)
     if prompts and key in (None, "messages"):
@@ -196,17 +229,17 @@ def _example(where: str, row: Any, rejected: bool | None, prompts: bool) -> Exam
         if key is None or turns[-1]["role"] != "assistant":
             return Example(tuple(_asked(turns, where)), "", None, where)
     if key is None:
-        raise InputError(f"{where}: no {', '.join(map(repr, RESPONSE_KEYS))} in the row")
+        raise BadRow(f"{where}: no {', '.join(map(repr, RESPONSE_KEYS))} in the row")
     if key == "completion" and row.get("label") is False:  # as TRL's KTO has them
-        raise InputError(f"{where}: 'label' is false: the completion is a bad one")
+        raise BadRow(f"{where}: 'label' is false: the completion is a bad one")
     messages, response = _side(row, key, prompt, where)
     other, answer = next((k for k in REJECTED_KEYS if row.get(k) is not None), None), None
     if rejected is not False and other is not None:
         context, answer = _side(row, other, messages, where)
         if context != messages:
-            raise InputError(f"{where}: {key!r} and {other!r} answer different prompts")
+            raise BadRow(f"{where}: {key!r} and {other!r} answer different prompts")
     elif rejected:
-        raise InputError(f"{where}: this method compares, and the row has no 'rejected'")
+        raise BadRow(f"{where}: this method compares, and the row has no 'rejected'")
     return Example(tuple(messages), response, answer, where)
 
 
@@ -215,22 +248,22 @@ def _side(row: dict[str, Any], key: str, prompt: Turns, where: str) -> tuple[Tur
     and those in the side, one may hold the other: a system turn may be in one alone."""
     *context, last = _turns(row[key], key, "assistant", where)
     if last["role"] != "assistant":
-        raise InputError(f"{where}: {key!r} should end with an assistant's turn")
+        raise BadRow(f"{where}: {key!r} should end with an assistant's turn")
     if not context or context[0]["role"] == "assistant":
         context = prompt + context
     if not any(turn["role"] == "user" for turn in context):
-        raise InputError(f"{where}: no user's turn before the response in {key!r}; add 'prompt'")
+        raise BadRow(f"{where}: no user's turn before the response in {key!r}; add 'prompt'")
     for whole, part in ((context, prompt), (prompt, context)):
         if any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1)):
             return whole, last["content"]
-    raise InputError(f"{where}: {key!r} does not answer the row's prompt")
+    raise BadRow(f"{where}: {key!r} does not answer the row's prompt")
 
 
 def _asked(turns: Turns, where: str) -> Turns:
     """The turns without a last one of the assistant's: what is to be answered."""
     turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
     if not turns or turns[-1]["role"] != "user":
-        raise InputError(f"{where}: no user's turn at the end of the prompt, to be answered")
+        raise BadRow(f"{where}: no user's turn at the end of the prompt, to be answered")
     return turns
 
 
@@ -238,14 +271,14 @@ def _turns(value: Any, key: str, role: str, where: str) -> Turns:
     """A list of turns, from one, or from the text of one turn of `role`."""
     turns = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{where}: {key!r} should be text or a list of turns, not {value!r:.60}")
+        raise BadRow(f"{where}: {key!r} should be text or a list of turns, not {value!r:.60}")
     for i, turn in enumerate(turns, 1):
         who, text = map(turn.get, ("role", "content")) if isinstance(turn, dict) else (None, None)
         if who not in ROLES or not isinstance(text, str):
             right = f"an object with 'role' ({', '.join(ROLES)}) and 'content' (text)"
-            raise InputError(f"{where}: {key!r}, turn {i} should be {right}, not {turn!r:.60}")
+            raise BadRow(f"{where}: {key!r}, turn {i} should be {right}, not {turn!r:.60}")
         if who != "system" and not text.strip():
-            raise InputError(f"{where}: {key!r}, turn {i}: the {who}'s text is empty; fill it")
+            raise BadRow(f"{where}: {key!r}, turn {i}: the {who}'s text is empty; fill it")
     return [{"role": turn["role"], "content": whole_text(turn["content"])} for turn in turns]
 
 
@@ -425,11 +458,15 @@ class Tokenizer:
             return self._template.render(given, add_generation_prompt=add_generation_prompt)
         except Exception as error:
             told = f"fails on this conversation ({type(error).__name__}: {str(error)!r:.200})"
-            raise InputError(f"{self.template_name} {told}; try --chat-template {_NAMES}") from None
+            raise BadRow(f"{self.template_name} {told}; try --chat-template {_NAMES}") from None
 
-    def response_text(self, ids: list[int]) -> str:
-        """A response as text, without the EOS at its end, if it has one."""
-        return self.decode(ids[:-1] if ids and ids[-1] in self.eos_ids else ids)
+    def response_text(self, ids: list[int], so_far: bool = False) -> str:
+        """A response as text, without an EOS at its end. `so_far`: as much as no token to come can
+        change, which a part of a character may, and a run of bytes that SentencePiece spells."""
+        ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+        while so_far and ids and ids[-1] in self.codec.spelt:
+            ids = ids[:-1]
+        return self.decode(ids).rstrip("\ufffd") if so_far else self.decode(ids)
 
     def end_turn(self, ids: list[int]) -> list[int]:
         """A rendered response through its last EOS, or with one where the template sets none."""
@@ -471,9 +508,14 @@ class Tokenizer:
             source = {t["name"]: t["template"] for t in source}.get("default")
         if fallback is not None:
             self.files[name] = FALLBACKS[fallback].encode()
-            for text in re.findall(r"<\|\w+\|>|eos_token", FALLBACKS[fallback]):
-                if text not in self.added and text not in self.specials:
-                    raise InputError(f"--chat-template {fallback} needs the token {text}")
+            needs = {k: {*re.findall(r"<\|\w+\|>|eos_token", v)} for k, v in FALLBACKS.items()}
+            known = {*self.added, *self.specials}
+            if lacking := ", ".join(sorted(needs[fallback] - known)):
+                fit = sorted((len(needs[k]), k) for k in needs if needs[k] <= known)
+                told = f"lacks; {fit[-1][1] if fit else 'no other'} has tokens that are there"
+                raise InputError(
+                    f"--chat-template {fallback} needs {lacking}, which {folder} {told}"
+                )
         source = self.files[name].decode() if name in self.files else source
         given = {"strftime_now": self.date.strftime} | self.specials
         with reading(self.template_name):
@@ -531,6 +573,7 @@ class BytePairs:
     `table`, what ids stand for; `specials` and `added`, as the JSON files beside it have them."""
 
     legacy = False  # whether each text is spaced, and not the first alone
+    spelt = frozenset[int]()  # tokens of a byte each, a run of which is decoded together
 
     def __init__(
         self, vocab: dict[str, int], order: list[str], pattern: str, nfc: bool, unk: int | None
@@ -577,8 +620,8 @@ class SentencePieces:
         self.spaced = sp = SentencePieceProcessor(model_proto=model) if self.prefix else self.bare
         ids, pieces = range(len(sp)), [sp.id_to_piece(i) for i in range(len(sp))]
         self.vocab = dict(zip(pieces, ids, strict=True))
-        self.bytes = {i: bytes([int(pieces[i][3:5], 16)]) for i in ids if sp.is_byte(i)}
-        self.table = {i: pieces[i].replace("\u2581", " ").encode() for i in ids} | self.bytes
+        self.spelt = {i: bytes([int(pieces[i][3:5], 16)]) for i in ids if sp.is_byte(i)}
+        self.table = {i: pieces[i].replace("\u2581", " ").encode() for i in ids} | self.spelt
         named = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
         self.specials = {name: pieces[i] for name, i in named.items() if i >= 0}
         found = [i for i in ids if sp.is_control(i) or sp.is_unknown(i)]
@@ -590,7 +633,7 @@ class SentencePieces:
 
     def decode(self, ids: list[int]) -> str:
         text = ""
-        for _, run in groupby(ids, self.bytes.__contains__):
+        for _, run in groupby(ids, self.spelt.__contains__):
             data = b"".join(map(self.table.__getitem__, run))
             try:
                 text += data.decode()

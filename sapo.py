@@ -570,8 +570,9 @@ ORPO: dict[str, Any] = {  # [code], [handbook]: with AdamW's state in 8 bits
 }  # fmt: skip
 COSINE = {"precision": "bf16", "optimizer": "adamw", "schedule": "cosine", "batch_size": 128}
 # The starts of SAPO-DPO (Llama 3 on deita-10k) and SPIN (zephyr-7b-sft-full: Mistral on UltraChat)
-# were trained on packed rows, every token of every turn; ours are on each row's last response.
-START: dict[str, Any] = COSINE | {"method": "sft", "loss": None, "lr": [2e-5]}
+# were trained on packed rows, every token of every turn; ours are on the assistant's turns, each a
+# row. That Llama 3 had ChatML, two tokens added: here --chat-template llama3, whose tokens it has.
+START: dict[str, Any] = COSINE | {"method": "sft", "loss": None, "lr": [2e-5], "all_turns": True}
 ABLATIONS: dict[str, dict[str, Any]] = {  # the paper's tables, and what its reviewers asked for
     "on-policy": {"ema_decay": 0.0, "replay_capacity": 0},  # neither EMA nor replay
     "no-ema": {"ema_decay": 0.0},

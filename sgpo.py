@@ -220,11 +220,8 @@ def frame(messages: Messages, answer: str, tokenizer: Tokenizer, c: Any) -> list
 
 
 def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
-    """The prompts whose improver's prompt, with an empty answer, fits. Raises InputError where
-    there is none, and for a prompt that does not end with the user's turn."""
-    for example, _ in asks:
-        if example.messages[-1]["role"] != "user":
-            raise InputError(f"{example.where}: the turn before the response is not the user's")
+    """The prompts, each with the user's turn at its end, whose improver's prompt, with an empty
+    answer, fits. Raises InputError where there is none."""
     kept = [ask for ask in asks if len(frame(ask[0].messages, "", tokenizer, c)) + 1 < c.max_length]
     if not kept:
         told = f"none of the {len(asks)} prompts fits into --max-length {c.max_length}"

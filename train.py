@@ -756,8 +756,12 @@ class Config(sapo.Settings, sgpo.Settings):
     "JSON or JSONL files of training rows; default: the built-in tasks"
     eval_data: list[str] | None = None
     "JSON or JSONL files of held-out rows"
+    all_turns: bool = False
+    "each assistant's turn in `messages` is a row, not the last alone; sgpo: each is a prompt too"
+    skip_bad_rows: bool = False
+    "leave out, and count, rows that are malformed or refused by the chat template"
     chat_template: Literal["chatml", "zephyr", "llama3"] | None = None
-    "a chat template by name, for a base model that has none of its own"
+    "a chat template by name, for a base model without one; Llama 3's: llama3 (official: chatml)"
     date: str | None = None
     "the date, such as 2026-01-31, for chat templates that print one; default: when the run began"
     max_length: Annotated[int, 2, 10**7] = 2048  # [code]
@@ -887,6 +891,8 @@ def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
         "adam_beta2": c.optimizer != "adamw",
         "top_k top_p": not c.temperature and not c.improve_temperature,
         "trace_steps": c.trace is None,
+        "all_turns": SOURCES[c.method][0] is Source,  # it compares two sides of a row
+        "all_turns skip_bad_rows": not (c.data or c.eval_data or c.preference_data),
         "sft_first": c.method == "sgpo",
         "sft_lr": c.method == "sgpo" or not c.sft_first,
         "target_model target_workers target_instruction": target_server(c) is None,
@@ -1057,10 +1063,16 @@ def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]
     paired, told = SOURCES[c.method][0] is Source, list[str]()  # it takes the rows' rejected sides
 
     def rows(paths: list[str] | None, n: int = 128, **how: Any) -> list[sgpo.Ask]:
-        text = data.load_examples(paths, **how) if paths else data.task_examples("clean", n, c.seed)
+        bad: list[str] | None = [] if c.skip_bad_rows else None
+        how, task = how | {"all_turns": c.all_turns, "bad": bad}, ("clean", n, c.seed)
         limits = (c.max_length, c.max_prompt_length or 0)
-        examples, pairs, counts = data.encode_examples(text, tokenizer, *limits)
+        try:
+            text = data.load_examples(paths, **how) if paths else data.task_examples(*task)
+            examples, pairs, counts = data.encode_examples(text, tokenizer, *limits, bad)
+        except data.BadRow as error:
+            raise InputError(f"{error}; --skip-bad-rows leaves such rows out") from None
         told.append(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
+        told.extend([f"{len(bad)} bad rows, the first: {bad[0]}"] if bad else [])
         return [*zip(examples, pairs, strict=True)]
 
     def asks(paths: list[str] | None, n: int) -> list[sgpo.Ask]:

@@ -316,6 +316,46 @@ def test_fallbacks_end_and_are_saved(name: str, source: Make, end: str, tmp_path
         assert mine.apply_chat_template(chat, True) == ids
 
 
+@pytest.mark.parametrize(
+    ("name", "source", "lacking", "fits"),
+    [
+        ("chatml", made.llama3_dir, "<|im_end|>, <|im_start|>", "llama3"),
+        ("llama3", made.qwen_dir, "<|begin_of_text|>, <|end_header_id|>, <|eot_id|>, ", "chatml"),
+        ("chatml", lambda: made.mistral_dir(False), "<|im_end|>, <|im_start|>", "zephyr"),
+    ],
+)
+def test_a_fallback_whose_tokens_are_lacking_names_one_that_fits(
+    name: str, source: Make, lacking: str, fits: str
+) -> None:
+    with refused(f"--chat-template {name} needs {lacking}", f"{fits} has tokens that are there"):
+        data.load_tokenizer(source(), name)
+    assert data.load_tokenizer(source(), fits).render([USER], True)
+
+
+@pytest.mark.parametrize(
+    "folder", [made.qwen_dir, lambda: made.mistral_dir(False), lambda: made.mistral_dir(True)]
+)
+def test_what_is_shown_of_a_response_stays_as_it_is(folder: Make) -> None:
+    """What is settled of each beginning begins the next, and is all but a character or a run of
+    bytes; characters come whole; bytes at random, which are no text, end as they would have."""
+    mine = data.load_tokenizer(folder(), "zephyr")
+    texts = ["Yes, 12 of them.", "é 🙂👩‍👩‍👧 \u3042\u2603\n\n\ufffd 我能\n x", "\ufffd\ufffd"]
+    spelt = [i for i, text in mine.codec.table.items() if len(text) == 1]
+    rows = [mine.encode(text) for text in texts]
+    rows += [random.Random(i).choices([*spelt, *rows[1]], k=40) for i in range(200)]
+    for ids in rows:
+        ids = [*ids, mine.eos_ids[0]]
+        whole, shown = mine.response_text(ids), [""]
+        for end in range(len(ids) + 1):
+            shown.append(mine.response_text(ids[:end], so_far=True))
+            assert shown[-1].startswith(shown[-2]) and whole.startswith(shown[-1])
+            assert not shown[-1].endswith("\ufffd")
+            settled = not ids[:end] or (ids[end - 1] not in spelt and "\ufffd" not in whole)
+            assert not settled or shown[-1] == mine.response_text(ids[:end])
+    emoji = [mine.response_text(rows[1][:end], so_far=True) for end in range(len(rows[1]))]
+    assert {*"".join(emoji)} <= {*texts[1]}
+
+
 def test_saving_copies_the_files_and_follows_links(tmp_path: Path) -> None:
     source, linked = with_template(made.qwen_dir(), tmp_path / "source", QWEN), tmp_path / "linked"
     linked.mkdir()
@@ -529,6 +569,58 @@ def test_rows_of_prompts_may_do_without_a_response(tmp_path: Path) -> None:
             data.load_examples(file, prompts=True)
 
 
+def test_all_turns_are_rows_of_their_own(tmp_path: Path) -> None:
+    file, hi = tmp_path / "rows.jsonl", {"role": "assistant", "content": "hi"}
+    rows = [
+        {"messages": [S, hi, U, B, U, A, hi]},  # a greeting answers nobody
+        {"messages": [U, B, U, A], "rejected": "bad"},
+        {"prompt": [U, B, U], "response": "good"},  # what is in a prompt is given
+        {"prompt": "q", "messages": [U, A]},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    last = [(S, hi, U, B, U, A), (U, B, U), (U, B, U), (U,)]
+    assert [row.messages for row in data.load_examples(file)] == last
+    found = data.load_examples(file, all_turns=True)
+    of = [((S, hi, U), "bad"), ((S, hi, U, B, U), "good"), (last[0], "hi")]
+    of += [((U,), "bad"), (last[1], "good"), (last[2], "good"), (last[3], "good")]
+    assert [(row.messages, row.response) for row in found] == of
+    assert [row.where[-1] for row in found] == [*"1112234"] and not any(r.rejected for r in found)
+    both = data.load_examples(file, rejected=None, all_turns=True)  # a comparison stays one
+    assert [row.rejected for row in both] == [None] * 3 + ["bad"] + [None] * 2
+    file.write_text(json.dumps({"messages": [U, B, U]}))
+    asked = data.load_examples(file, prompts=True, all_turns=True)
+    assert [(row.messages, row.response) for row in asked] == [((U,), "bad"), ((U, B, U), "")]
+    file.write_text(json.dumps({"messages": [U, B, {"role": "tool", "content": "x"}, A]}))
+    with refused(":1: 'messages', turn 3 should be"):
+        data.load_examples(file, all_turns=True)
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    file, bad = tmp_path / "rows.jsonl", list[str]()
+    rows: list[Any] = [{"messages": [U, A]}, {"messages": [U]}, {"messages": [S, U, A]}, 5]
+    rows += [{"prompt": "q", "completion": " "}, {"messages": [U, A, U, A]}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    examples = data.load_examples(file, bad=bad)
+    assert [row.where[-1] for row in examples] == [*"136"]
+    assert [line.partition(": ")[0][-2:] for line in bad] == [":2", ":4", ":5"]
+    picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer = data.load_tokenizer(with_template(made.qwen_dir(), tmp_path, picky + CHATML))
+    with refused(f"{file}:3: ", "no system"):
+        data.encode_examples(examples, tokenizer, 99, 50)
+    kept, pairs, counts = data.encode_examples(examples, tokenizer, 99, 50, bad)
+    assert kept == [examples[0], examples[2]] and len(pairs) == 2 and counts["rows"] == 3
+    assert len(bad) == 4 and "no system" in bad[3]
+    with refused("no row is good; the first: ", f"{file}:3: "):
+        data.encode_examples(examples[1:2], tokenizer, 99, 50, bad[3:])
+    file.write_text(f"{json.dumps(rows[0])}\n{{")  # a file that is cut is not a bad row
+    with refused(":2: no data file"):
+        data.load_examples(file, bad=bad)
+    for row in ({"messages": [U, A, A]}, {"messages": [U, A, S]}):
+        file.write_text(json.dumps(row))
+        with refused(":1: "):
+            data.load_examples(file, prompts=True)
+
+
 GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
 
 
@@ -558,7 +650,7 @@ GOOD = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
         ('{"prompt": "q", "chosen": "a"}', 1, "no 'rejected'"),
         ('{"prompt": "q", "chosen": [], "rejected": "b"}', 1, "should be text or a list"),
         ('{"prompt": "q", "chosen": ["a"], "rejected": "b"}', 1, "'role' ("),
-        ('{"prompt": "q", "completion": ""}', 1, "'completion', turn 1: the assistant's text is em"),
+        ('{"prompt": "q", "completion": ""}', 1, "'completion', turn 1: the assistant's"),
         ('{"prompt": "q", "completion": "a", "label": false}', 1, "'label' is false"),
         (json.dumps({"messages": [U]}), 1, "end with an assistant's turn"),
         (json.dumps({"messages": [A]}), 1, "no user's turn"),
