@@ -36,9 +36,8 @@ def main(argv: Sequence[str]) -> int:
         if flags.prompts is not None:
             talks = [row.messages for row in data.load_examples(flags.prompts, prompts=True)]
         with whole_file(flags.out) if flags.out else contextlib.nullcontext(sys.stdout) as file:
-            answers = sample_answers(*load(flags), flags, talks)
+            answers = sample_answers(*load(flags), flags, talks, show=flags.prompts is None)
             if flags.prompts is None:
-                print(*answers[0], sep=f"\n\n{'-' * 20}\n\n")
                 return 0
             for turns, (*drafts, last) in zip(talks, answers, strict=True):
                 told = {"drafts": drafts} if drafts else {}
@@ -170,9 +169,19 @@ def load(flags: Flags) -> tuple[Transformer, data.Tokenizer]:
 
 
 def sample_answers(
-    model: Transformer, tokenizer: data.Tokenizer, flags: Flags, talks: Sequence[data.Messages]
-) -> list[list[str]]:
-    """Of each conversation an answer, then `flags.improve` times an improvement of the last."""
+    model: Transformer, tokenizer: data.Tokenizer, flags: Flags, talks: Sequence[data.Messages],
+    show: bool = False,
+) -> list[list[str]]:  # fmt: skip
+    """Of each conversation an answer, then `flags.improve` times an improvement of the last.
+    `show`: of the only conversation they are printed as they are written."""
+    shown = 0  # characters
+
+    def watch(_: int, ids: list[int], end: str | None = None) -> None:
+        nonlocal shown
+        text = tokenizer.response_text(ids, so_far=end is None)
+        print(text[shown:], end=end or "", flush=True)
+        shown = len(text) if end is None else 0
+
     instruction = flags.improver_instruction or read_instruction(flags.model or "")
     asked, answers = list(talks), list[list[str]]()
     for i in range(1 + flags.improve):
@@ -183,7 +192,10 @@ def sample_answers(
             model, prompts, flags.max_new_tokens, temperature=flags.temperature,
             top_k=flags.top_k, top_p=flags.top_p, eos_ids=tokenizer.eos_ids,
             seed=hash_seed(flags.seed, i) if i else flags.seed, batch_size=flags.batch_size,
+            watch=watch if show else None,
         )  # fmt: skip
+        if show:
+            watch(0, new[0], "\n" if i == flags.improve else f"\n\n{'-' * 20}\n\n")
         answers.append([tokenizer.response_text(ids) for ids in new])
         both = zip(talks, answers[-1], strict=True)
         asked = [sgpo.improver_prompt(turns, text, instruction) for turns, text in both]
