@@ -673,7 +673,7 @@ def generate(
 
 @torch.no_grad()
 def _decode(
-    model: Transformer, asked: list[Any], pick: Any, eos_ids: set[int], record: Any, watch: Any
+    model: Transformer, asked: Any, pick: Any, eos_ids: set[int], record: Any, watch: Any = None
 ) -> list[list[tuple[int, float]]]:
     """One batch of `generate`: each row's tokens, with log-probs. A row that has stopped leaves the
     batch; where steps are recorded, and a change of shape is dear, not before half of all.

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         if flags.prompts is not None:
             talks = [row.messages for row in data.load_examples(flags.prompts, prompts=True)]
         with whole_file(flags.out) if flags.out else contextlib.nullcontext(sys.stdout) as file:
-            answers = sample_answers(*load(flags), flags, talks, show=flags.prompts is None)
+            answers = sample_answers(*load(flags), flags, talks)
             if flags.prompts is None:
                 return 0
             for turns, (*drafts, last) in zip(talks, answers, strict=True):
@@ -169,11 +169,10 @@ def load(flags: Flags) -> tuple[Transformer, data.Tokenizer]:
 
 
 def sample_answers(
-    model: Transformer, tokenizer: data.Tokenizer, flags: Flags, talks: Sequence[data.Messages],
-    show: bool = False,
-) -> list[list[str]]:  # fmt: skip
-    """Of each conversation an answer, then `flags.improve` times an improvement of the last.
-    `show`: of the only conversation they are printed as they are written."""
+    model: Transformer, tokenizer: data.Tokenizer, flags: Flags, talks: Sequence[data.Messages]
+) -> list[list[str]]:
+    """Of each conversation an answer, then `flags.improve` times an improvement of the last. Those
+    to `flags.prompt` are printed as they are written."""
     shown = 0  # characters
 
     def watch(_: int, ids: list[int], end: str | None = None) -> None:
@@ -192,9 +191,9 @@ def sample_answers(
             model, prompts, flags.max_new_tokens, temperature=flags.temperature,
             top_k=flags.top_k, top_p=flags.top_p, eos_ids=tokenizer.eos_ids,
             seed=hash_seed(flags.seed, i) if i else flags.seed, batch_size=flags.batch_size,
-            watch=watch if show else None,
+            watch=watch if flags.prompt else None,
         )  # fmt: skip
-        if show:
+        if flags.prompt:
             watch(0, new[0], "\n" if i == flags.improve else f"\n\n{'-' * 20}\n\n")
         answers.append([tokenizer.response_text(ids) for ids in new])
         both = zip(talks, answers[-1], strict=True)

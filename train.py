@@ -1063,11 +1063,10 @@ def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]
     paired, told = SOURCES[c.method][0] is Source, list[str]()  # it takes the rows' rejected sides
 
     def rows(paths: list[str] | None, n: int = 128, **how: Any) -> list[sgpo.Ask]:
-        bad: list[str] | None = [] if c.skip_bad_rows else None
-        how, task = how | {"all_turns": c.all_turns, "bad": bad}, ("clean", n, c.seed)
-        limits = (c.max_length, c.max_prompt_length or 0)
+        bad, task = list[str]() if c.skip_bad_rows else None, ("clean", n, c.seed)
+        limits, how = (c.max_length, c.max_prompt_length or 0), how | {"all_turns": c.all_turns}
         try:
-            text = data.load_examples(paths, **how) if paths else data.task_examples(*task)
+            text = data.load_examples(paths, bad=bad, **how) if paths else data.task_examples(*task)
             examples, pairs, counts = data.encode_examples(text, tokenizer, *limits, bad)
         except data.BadRow as error:
             raise InputError(f"{error}; --skip-bad-rows leaves such rows out") from None

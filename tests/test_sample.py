@@ -91,7 +91,7 @@ def test_an_answer_is_shown_as_it_is_written(capsys: Any, monkeypatch: pytest.Mo
     flags = sample.Flags(START, prompt="reverse abcd", max_new_tokens=12, improve=2, temperature=1)
     model, tokenizer = sample.load(flags)
     talks: list[data.Messages] = [[{"role": "user", "content": "reverse abcd"}]]
-    answers = sample.sample_answers(model, tokenizer, flags, talks, show=True)
+    answers = sample.sample_answers(model, tokenizer, flags, talks)
     parts.append(capsys.readouterr().out)
     rule = f"\n\n{'-' * 20}\n\n"
     assert "".join(parts) == rule.join(answers[0]) + "\n"
@@ -99,6 +99,7 @@ def test_an_answer_is_shown_as_it_is_written(capsys: Any, monkeypatch: pytest.Mo
     assert max(map(len, texts)) == 1 and len(texts) > 12  # a byte a token
 
     monkeypatch.setattr(sample, "generate", real)
+    flags.prompt, flags.prompts = None, "rows.jsonl"
     assert sample.sample_answers(model, tokenizer, flags, talks) == answers
     assert capsys.readouterr().out == ""
     told = ["--max-new-tokens", "12", "--improve", "2", "--temperature", "1"]
