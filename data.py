@@ -15,7 +15,6 @@ them, white space beyond 100,000 characters is cut, and no byte outside the voca
 """
 
 import base64
-import contextlib
 import hashlib
 import http.client
 import json
@@ -71,15 +70,12 @@ class Example:
 
     messages: tuple[dict[str, str], ...]  # all turns before the response
     response: str  # gold, or chosen; "" where a row of prompts has none
-    rejected: str | None
+    rejected: str | None  # of SGPO's targets, what the response improves
     where: str  # "file:line", for messages to people
 
 
 class BadRow(InputError):
     """The fault of a row alone: others may be good."""
-
-
-Target = Example  # `response` improves `rejected`, and is what the improver is to learn
 
 
 # ----------------------------------------------------------------------------- examples to tokens
@@ -96,33 +92,27 @@ def encode_examples(
     counts = {"rows": len(examples), "dropped_prompt": 0, "cut_response": 0, "cut_rejected": 0}
     kept, pairs = [], []
     for example in examples:
-        with leaving_out(bad):
+        try:
             prompt, chosen, rejected, _ = encode_example(tokenizer, example)
-            if len(prompt) >= max_prompt_length:
-                counts["dropped_prompt"] += 1
-                continue
-            room = max_length - len(prompt)
-            counts["cut_response"] += len(chosen) > room
-            counts["cut_rejected"] += len(rejected) > room
-            kept.append(example)
-            pairs.append(Pair(prompt, chosen[:room], rejected[:room]))
+        except BadRow as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+            continue
+        if len(prompt) >= max_prompt_length:
+            counts["dropped_prompt"] += 1
+            continue
+        room = max_length - len(prompt)
+        counts["cut_response"] += len(chosen) > room
+        counts["cut_rejected"] += len(rejected) > room
+        kept.append(example)
+        pairs.append(Pair(prompt, chosen[:room], rejected[:room]))
     if not pairs:
         if bad and not counts["dropped_prompt"]:
             raise InputError(f"no row is good; the first: {bad[0]}")
         told = f"rows is left: their prompts have {max_prompt_length} tokens or more"
         raise InputError(f"none of the {len(examples)} {told}; raise --max-prompt-length")
     return kept, pairs, counts
-
-
-@contextlib.contextmanager
-def leaving_out(bad: list[str] | None) -> Iterator[None]:
-    """Around the reading of a row: what a BadRow says goes to `bad`, where that is a list."""
-    try:
-        yield
-    except BadRow as error:
-        if bad is None:
-            raise
-        bad.append(str(error))
 
 
 def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
@@ -169,7 +159,7 @@ def load_examples(
     earlier turns are responses too, where a user's is before them."""
     files, examples = [paths] if isinstance(paths, str | Path) else paths, list[Example]()
     for where, row in (found for file in files for found in read_rows(file)):
-        with leaving_out(bad):
+        try:
             new = [last := _example(where, row, rejected, prompts)]
             if all_turns and last.rejected is None and {*RESPONSE_KEYS} & {*row} == {"messages"}:
                 said, who = last.messages, [turn["role"] for turn in last.messages]
@@ -178,10 +168,14 @@ def load_examples(
             if prompts and any(example.messages[-1]["role"] != "user" for example in new):
                 raise BadRow(f"{where}: the turn before the response is not the user's")
             examples += new
+        except BadRow as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
     return examples
 
 
-def load_targets(path: str | Path) -> list[Target]:
+def load_targets(path: str | Path) -> list[Example]:
     """Rows of {"prompt" (text or messages), "response", "improved"}: `improved` as the response,
     and as rejected what it improves; where it is null left out. InputErrors name file and line."""
     targets = []
@@ -191,7 +185,7 @@ def load_targets(path: str | Path) -> list[Target]:
                 continue
             case {"prompt": said, "response": str(old), "improved": str(new)} if new.strip():
                 turns = tuple(_asked(_turns(said, "prompt", "user", where), where))
-                targets.append(Target(turns, whole_text(new), whole_text(old), where))
+                targets.append(Example(turns, whole_text(new), whole_text(old), where))
             case _:
                 raise InputError(f"{where}: 'prompt', 'response' and 'improved' should be text")
     if not targets:

@@ -39,7 +39,7 @@ import numpy as np
 
 import data
 import sapo
-from data import Cut, Example, Messages, Pair, Target, TargetServer, Tokenizer, Turns
+from data import Cut, Example, Messages, Pair, TargetServer, Tokenizer, Turns
 from model import InputError, Positive, Weight, hash_seed
 from sapo import Answer, Run, batch_indices, describe, ended, request
 
@@ -142,7 +142,7 @@ class SGPO(sapo.Source):
 
 # --------------------------------------------------------------------------- phase 1: the improver
 def improver_rows(
-    targets: Sequence[Target], asks: Sequence[Ask], run: Run
+    targets: Sequence[Example], asks: Sequence[Ask], run: Run
 ) -> tuple[list[Pair], dict[str, Any]]:
     """The rows that make pi_0 an improver, and what the fence did, as JSON: quartiles, fence (None:
     --fence-k is 0), how many fell. The rows are I(x, y0) -> y*, for each target that fits into

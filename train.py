@@ -1196,7 +1196,7 @@ def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files:
     return source.bounds[-1]
 
 
-def obtain_targets(c: Config, asks: list[sgpo.Ask], learner: Learner) -> list[data.Target]:
+def obtain_targets(c: Config, asks: list[sgpo.Ask], learner: Learner) -> list[data.Example]:
     """What phase 1 learns from. OUT/improver_targets.jsonl has a row for each draft, written as
     soon as it is known, and what is in the file is not asked for again."""
     path = Path(c.out) / "improver_targets.jsonl"
