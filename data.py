@@ -15,7 +15,6 @@ them, white space beyond 100,000 characters is cut, and no byte outside the voca
 """
 
 import base64
-import hashlib
 import http.client
 import json
 import random
@@ -224,8 +223,6 @@ def _example(where: str, row: Any, rejected: bool | None, prompts: bool) -> Exam
             return Example(tuple(_asked(turns, where)), "", None, where)
     if key is None:
         raise BadRow(f"{where}: no {', '.join(map(repr, RESPONSE_KEYS))} in the row")
-    if key == "completion" and row.get("label") is False:  # as TRL's KTO has them
-        raise BadRow(f"{where}: 'label' is false: the completion is a bad one")
     messages, response = _side(row, key, prompt, where)
     other, answer = next((k for k in REJECTED_KEYS if row.get(k) is not None), None), None
     if rejected is not False and other is not None:
@@ -353,14 +350,12 @@ class TargetServer:
 
 
 def _completion(said: bytes) -> tuple[str | None, str]:
-    """The text in a reply, or None and why. Raises ValueError for what is no chat completion."""
-    try:
+    """The text in a reply, or None and why. Raises InputError for what is no chat completion."""
+    with reading("the reply, a chat completion,"):
         choice = json.loads(said)["choices"][0]
         message, reason = choice["message"], choice.get("finish_reason")
         text = whole_text(message.get("content") or "").strip()
         refused = message.get("refusal") or reason == "content_filter"
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        raise ValueError("the reply is no chat completion") from None
     why = "refused" if refused else "cut" if reason == "length" else "" if text else "empty"
     return None if why else text, why
 
@@ -369,13 +364,13 @@ def _completion(said: bytes) -> tuple[str | None, str]:
 TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
     added_tokens.json vocab.json merges.txt chat_template.jinja generation_config.json
     """.split()  # noqa: SIM905
-FALLBACKS = {  # for base models, which have none. A <|name|> in them is a token that they need
-    "chatml": "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+FALLBACKS = {  # for base models, which have none; each needs more <|tokens|> than those before it
     "zephyr": "{% for message in messages %}"
     "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
     "{% endfor %}{% if add_generation_prompt %}<|{{ 'assistant' }}|>\n{% endif %}",
+    "chatml": "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "llama3": "<|begin_of_text|>{% for message in messages %}"
     "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
     "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
@@ -391,8 +386,6 @@ def load_tokenizer(
     template of FALLBACKS by name in place of its own, where given; `date` is today's in templates.
     Raises InputError for a folder without a tokenizer, and for one that is not implemented."""
     folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; it should be a checkpoint's")
     if chat_template is not None and chat_template not in FALLBACKS:
         raise InputError(f"--chat-template {chat_template!r} is not one of {', '.join(FALLBACKS)}")
     with reading(f"the tokenizer in {folder}"):
@@ -435,8 +428,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens included. Bytes that are no UTF-8 become U+FFFD; an
         id without a token (the padding of an embedding has such) is empty, as in transformers."""
-        if min(ids, default=0) < 0:
-            raise InputError(f"token id {min(ids)} is negative")
         return self.codec.decode([int(i) for i in ids if int(i) in self.codec.table])
 
     def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = False) -> Ids:
@@ -475,11 +466,6 @@ class Tokenizer:
         for name, content in self.files.items():
             (Path(path) / name).write_bytes(content)
 
-    def digest(self) -> str:
-        """Hex of all that decides the ids: the files, with the template, and what ends a turn."""
-        told = (sorted(self.files.items()), self.eos_ids)  # config.json may name some of the latter
-        return hashlib.sha256(repr(told).encode()).hexdigest()
-
     def _find_added(self, folder: Path, config: dict[str, Any]) -> dict[str, int]:
         """Ids by text of what is looked for before anything else is done with a text: what the
         codec's file, the configs, and the special tokens' names say is added."""
@@ -503,13 +489,11 @@ class Tokenizer:
         if fallback is not None:
             self.files[name] = FALLBACKS[fallback].encode()
             needs = {k: {*re.findall(r"<\|\w+\|>|eos_token", v)} for k, v in FALLBACKS.items()}
-            known = {*self.added, *self.specials}
-            if lacking := ", ".join(sorted(needs[fallback] - known)):
-                fit = sorted((len(needs[k]), k) for k in needs if needs[k] <= known)
-                told = f"lacks; {fit[-1][1] if fit else 'no other'} has tokens that are there"
-                raise InputError(
-                    f"--chat-template {fallback} needs {lacking}, which {folder} {told}"
-                )
+            lacking = {k: sorted(v - {*self.added, *self.specials}) for k, v in needs.items()}
+            if lacking[fallback]:
+                told = f"{fallback} needs {', '.join(lacking[fallback])}, which {folder} lacks"
+                fit = [name for name in lacking if not lacking[name]] or ["no other"]
+                raise InputError(f"--chat-template {told}; {fit[-1]} has tokens that are there")
         source = self.files[name].decode() if name in self.files else source
         given = {"strftime_now": self.date.strftime} | self.specials
         with reading(self.template_name):
@@ -637,20 +621,35 @@ class SentencePieces:
 
 
 def _codec(folder: Path, config: dict[str, Any]) -> BytePairs | SentencePieces:
-    """What the folder's files hold: a tokenizer.model is told by its content, not its name."""
-    model, spec = folder / "tokenizer.model", folder / "tokenizer.json"
-    content = model.read_bytes() if model.is_file() else b""
-    with reading(str(model)):
+    """What the folder's files hold: a tokenizer.model is told by its content, not its name; of a
+    tokenizer.json, byte-level BPE, what is not read changes no id."""
+    file, path = folder / "tokenizer.model", folder / "tokenizer.json"
+    content = file.read_bytes() if file.is_file() else b""
+    with reading(str(file)):
         if content and not re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content):
             return SentencePieces(content, config)
         if config.get("add_prefix_space"):
             raise _unknown(folder / "tokenizer_config.json", "add_prefix_space", True)
-        if content and not spec.is_file():
+        if content and not path.is_file():
             return _llama3(content)
-    if not spec.is_file():
-        raise InputError(f"{folder} has no tokenizer, no tokenizer.json or tokenizer.model")
-    with reading(str(spec)):
-        return _byte_level(spec)
+    if not path.is_file():
+        raise InputError(f"{folder} is no folder with a tokenizer.json or tokenizer.model")
+    with reading(str(path)):
+        spec = read_json(path)
+        model, pattern = spec["model"], _pattern(spec.get("pre_tokenizer"), path)
+        odd = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
+        told = {key: model.get(key) for key in odd} | {"normalizer": spec.get("normalizer")}
+        told["model type"] = model.get("type", "BPE")
+        for key, value in told.items():
+            if value and value not in ({"type": "NFC"}, "BPE"):
+                raise _unknown(path, key, value)
+        vocab: dict[str, int] = model["vocab"]
+        unk = vocab[model["unk_token"]] if model.get("unk_token") else None
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        order = _token_order(vocab, merges, bool(model.get("ignore_merges")), path)
+        codec = BytePairs(vocab, order, pattern, told["normalizer"] is not None, unk)
+        codec.added = spec.get("added_tokens") or []
+        return codec
 
 
 def _llama3(content: bytes) -> BytePairs:
@@ -664,26 +663,6 @@ def _llama3(content: bytes) -> BytePairs:
     names = enumerate([*LLAMA3_SPECIAL, *rest], max(tokens.values()) + 1)
     codec.added = [{"content": f"<|{name}|>", "id": i} for i, name in names]
     codec.specials = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-    return codec
-
-
-def _byte_level(path: Path) -> BytePairs:
-    """Reads a tokenizer.json that is byte-level BPE; what it leaves out of it changes no id."""
-    spec = read_json(path)
-    model, pattern = spec["model"], _pattern(spec.get("pre_tokenizer"), path)
-    normalizer = spec.get("normalizer")
-    odd = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
-    for key, value in ({key: model.get(key) for key in odd} | {"normalizer": normalizer}).items():
-        if value and value != {"type": "NFC"}:
-            raise _unknown(path, key, value)
-    if model.get("type", "BPE") != "BPE":
-        raise _unknown(path, "model type", model["type"])
-    vocab: dict[str, int] = model["vocab"]
-    unk = vocab[model["unk_token"]] if model.get("unk_token") else None
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    order = _token_order(vocab, merges, bool(model.get("ignore_merges")), path)
-    codec = BytePairs(vocab, order, pattern, normalizer is not None, unk)
-    codec.added = spec.get("added_tokens") or []
     return codec
 
 
@@ -755,7 +734,7 @@ _RESULTS: dict[str, Callable[[str], str]] = {  # what a word becomes; the workin
     "rotate": lambda word: word[1:] + word[:1],
     "swap": lambda word: word[-1] + word[1:-1] + word[0],
 }
-_SHARES = {"test": (0, 1), "validation": (1, 2), "pretrain": (2, 10), "clean": (2, 10)}  # tenths
+TENTHS = {"test": {0}, "validation": {1}, "pretrain": {*range(2, 10)}, "clean": {*range(2, 10)}}
 
 
 def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> list[Example]:
@@ -764,14 +743,15 @@ def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> 
     rows REWRITE_PROMPT with a draft, the response being another draft; "clean" has seen kinds,
     "validation" and "test" have all, with right answers and a flawed `rejected`. A prompt's hash
     puts it in one of test, validation and training, so that these share none."""
-    if split not in _SHARES:
-        raise InputError(f"split {split!r} is not one of {', '.join(_SHARES)}")
+    if split not in TENTHS:
+        raise InputError(f"split {split!r} is not one of {', '.join(TENTHS)}")
     rng = random.Random(hash_seed("tasks", split, seed))
     kinds = SEEN if split == "clean" else [*chain(*zip(SEEN, UNSEEN, strict=True))]
     examples = []
     for i in range(n):
-        while not in_split(split, prompt := _prompt(kinds[i % len(kinds)], rng)):
-            pass
+        prompt = _prompt(kinds[i % len(kinds)], rng)
+        while hash_seed("split", prompt) % 10 not in TENTHS[split]:
+            prompt = _prompt(kinds[i % len(kinds)], rng)
         gold, rejected = right_answer(prompt), None
         if split == "pretrain":
             draft, answer = (a if rng.random() < 0.5 else flawed_answer(a, rng) for a in [gold] * 2)
@@ -782,12 +762,6 @@ def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> 
         turn = {"role": "user", "content": prompt}
         examples.append(Example((turn,), answer, rejected, f"task:{split}:{i}"))
     return examples
-
-
-def in_split(split: str, prompt: str) -> bool:
-    """Whether a task's prompt is one of that split's, which its hash alone decides."""
-    low, high = _SHARES[split]
-    return low <= hash_seed("split", prompt) % 10 < high
 
 
 def _prompt(kind: str, rng: random.Random) -> str:

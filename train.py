@@ -1059,7 +1059,8 @@ def run(c: Config, ranks: Ranks) -> None:
 def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]], list[str]]:
     """What a run reads, by its flag: rows as text and tokens, and what else a resumed one must find
     as it was; and lines on what was dropped. InputErrors come before targets are paid for."""
-    read: dict[str, list[Any]] = {"tokenizer or chat template": [tokenizer.digest()]}
+    texts = sorted(tokenizer.files.items())  # config.json may name an EOS too
+    read: dict[str, list[Any]] = {"tokenizer or chat template": [texts, tokenizer.eos_ids]}
     paired, told = SOURCES[c.method][0] is Source, list[str]()  # it takes the rows' rejected sides
 
     def rows(paths: list[str] | None, n: int = 128, **how: Any) -> list[sgpo.Ask]:
