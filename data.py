@@ -107,10 +107,9 @@ def encode_examples(
         kept.append(example)
         pairs.append(Pair(prompt, chosen[:room], rejected[:room]))
     if not pairs:
-        if bad and not counts["dropped_prompt"]:
-            raise InputError(f"no row is good; the first: {bad[0]}")
-        told = f"rows is left: their prompts have {max_prompt_length} tokens or more"
-        raise InputError(f"none of the {len(examples)} {told}; raise --max-prompt-length")
+        told = f"{counts['dropped_prompt']} prompts have {max_prompt_length} tokens or more"
+        first = f"; the first bad row: {bad[0]}" if bad else ""
+        raise InputError(f"no row is left: {told} (--max-prompt-length){first}")
     return kept, pairs, counts
 
 
@@ -127,8 +126,7 @@ def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
                 continue
             whole = tokenizer.render([*example.messages, {"role": "assistant", "content": answer}])
             if not whole.startswith(text):
-                told = "the chat template's prompt is no prefix of the conversation that it renders"
-                raise InputError(f"{told}; choose another by --chat-template")
+                raise InputError("the template's prompt is no prefix of the whole; choose another")
             ids = tokenizer.encode(whole)
             if ids[: len(prompt)] != prompt:
                 # Merged across the boundary. When generating, the prompt's tokens are there first.
@@ -187,8 +185,6 @@ def load_targets(path: str | Path) -> list[Example]:
                 targets.append(Example(turns, whole_text(new), whole_text(old), where))
             case _:
                 raise InputError(f"{where}: 'prompt', 'response' and 'improved' should be text")
-    if not targets:
-        raise InputError(f"no targets in {path}: give at least one")
     return targets
 
 
@@ -412,14 +408,17 @@ class Tokenizer:
         self._split = re.compile(f"({'|'.join(longest_first) or '(?!)'})").split
         self.codec.table |= {i: self.codec.to_bytes(text) for text, i in self.added.items()}
         self.vocab_size = max(self.codec.table) + 1
+        size = read_json(folder / "config.json", optional=True).get("vocab_size", self.vocab_size)
+        if self.vocab_size > size:  # the model's
+            told = f"the tokenizer has ids up to {self.vocab_size - 1}"
+            raise InputError(f"{folder}: {told}, and vocab_size is {size}")
         self._template: Template | None = self._find_template(folder, config, chat_template)
         self.eos_ids, self._template_ends = self._find_eos(folder)
 
     def encode(self, text: str, continuing: bool = False) -> list[int]:
         """Token ids, without BOS or EOS. A special token's text becomes its id, a lone surrogate
         U+FFFD's. `continuing`: more text is before it; SentencePiece adds no space in front."""
-        ids: list[int] = []
-        spaced = not continuing
+        ids, spaced = list[int](), not continuing
         for part in filter(None, self._split(text if text.isascii() else whole_text(text))):
             ids += [self.added[part]] if part in self.added else self.codec.encode(part, spaced)
             spaced = self.codec.legacy

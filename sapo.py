@@ -511,20 +511,14 @@ class Sampling:
     "sample among the likeliest tokens of this total probability; --method spin alone makes it 1.0"
     generate_batch_size: Count = 64  # [ours]
     "rows decoded together on a rank"
+    responses_per_prompt: Annotated[int, 1, 10**4] = 1  # [code]
+    "sapo: rewrites of each row and step; sgpo: drafts of each training prompt, for phase 1"
     show_every: Whole = 0
     "steps between sampled pairs shown in colour: A, B, B' and C; 0: never"
 
 
 @dataclass
-class Copies:
-    """SAPO and SGPO."""
-
-    responses_per_prompt: Annotated[int, 1, 10**4] = 1  # [code]
-    "rewrites of each row and step; sgpo: drafts of each training prompt, for phase 1"
-
-
-@dataclass
-class Settings(Copies, Sampling):
+class Settings(Sampling):
     """SAPO."""
 
     segment_length: str = "256"  # [code]

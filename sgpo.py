@@ -158,7 +158,7 @@ def improver_rows(
             rows.append(row)
             given.append(Pair(before[c.fence_given], row.chosen, []))
     if not rows:
-        raise InputError(f"no target fits into --max-length {c.max_length} with its prompt")
+        raise InputError(f"--max-length {c.max_length}: no prompt and target of {len(targets)} fit")
     both = zip(run.sums(run.models["policy"], given), given, strict=True)
     values = [math.exp(-logp / len(pair.chosen)) for (logp, _), pair in both]
     fence = perplexity_fence(values, c.fence_k) if c.fence_k else math.inf
@@ -224,8 +224,7 @@ def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
     answer, fits. Raises InputError where there is none."""
     kept = [ask for ask in asks if len(frame(ask[0].messages, "", tokenizer, c)) + 1 < c.max_length]
     if not kept:
-        told = f"none of the {len(asks)} prompts fits into --max-length {c.max_length}"
-        raise InputError(f"{told} with --improver-instruction around it")
+        raise InputError(f"--max-length {c.max_length}: no prompt with --improver-instruction fits")
     return kept
 
 
@@ -237,7 +236,7 @@ def as_prompt(messages: Messages) -> Any:
 
 # ------------------------------------------------------------------------------------- the flags
 @dataclass
-class Settings(sapo.Copies, sapo.Rounds):
+class Settings(sapo.Rounds):
     """SGPO."""
 
     target_source: str | None = None  # [ours]

@@ -469,7 +469,7 @@ def test_rows_are_dropped_by_prompt_and_cut_by_length(tmp_path: Path) -> None:
     assert all(pair.rejected[-1] in tokenizer.eos_ids for pair in pairs)
     counts = data.encode_examples(rows, tokenizer, 40, limit - 1)[2]
     assert counts["dropped_prompt"] == 2  # a prompt of exactly the limit is dropped
-    with refused("none of the 3 rows is left"):
+    with refused("no row is left: 3 prompts have"):
         data.encode_examples(rows, tokenizer, 40, prompts[0])
     with refused("max prompt length"):
         data.encode_examples(rows, tokenizer, 40, 41)
@@ -610,7 +610,7 @@ def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
     kept, pairs, counts = data.encode_examples(examples, tokenizer, 99, 50, bad)
     assert kept == [examples[0], examples[2]] and len(pairs) == 2 and counts["rows"] == 3
     assert len(bad) == 4 and "no system" in bad[3]
-    with refused("no row is good; the first: ", f"{file}:3: "):
+    with refused("no row is left: 0 prompts", f"; the first bad row: {file}:3: "):
         data.encode_examples(examples[1:2], tokenizer, 99, 50, bad[3:])
     file.write_text(f"{json.dumps(rows[0])}\n{{")  # a file that is cut is not a bad row
     with refused(":2: no data file"):

@@ -565,7 +565,7 @@ BAD_FLAGS = (
 --replay-capacity 63: --replay-capacity 63 is below --batch-size 64; --trace x.st --resume
 --chat-template magic; --chat-template llama3: llama3; --date yesterday; --date 2026-02-30
 --data missing.jsonl: missing.jsonl; --eval-data missing.jsonl: missing.jsonl; --data
---model missing: missing; --out /proc/nowhere; --out LONG: xxx; --model LONG: xxx
+--model missing: missing; --out /proc/nowhere: /proc/nowhere; --out LONG: xxx; --model LONG: xxx
 --beta 0.1 --loss orpo: --orpo-lambda; --beta 0.1 --method orpo: --orpo-lambda
 --method spin --lr 1e-4 -1: --lr; --method spin --beta 0: --beta; --method spin --rounds 0: --rounds
 --method spin --iterations 2: --iterations; --lr 1 1; --beta 1 1; --method dpo --lr 1 1: --lr
@@ -639,7 +639,7 @@ def test_a_row_can_be_left_out_or_be_several(
     assert "3 rows\n2 bad rows, the first: " in capsys.readouterr().out
     file.write_text(json.dumps({"messages": [user]}))
     assert run(*flags, "--out", tmp_path / "none", "--skip-bad-rows") == 2
-    assert "no row is good; the first: " in error_line(capsys)
+    assert "no row is left: 0 prompts have " in error_line(capsys)
 
 
 def test_a_good_row_beside_them_runs(usual: list[object], tmp_path: Path) -> None:
