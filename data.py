@@ -15,7 +15,6 @@ them, white space beyond 100,000 characters is cut, and no byte outside the voca
 """
 
 import base64
-import hashlib
 import http.client
 import json
 import random
@@ -70,27 +69,35 @@ class Example:
 
     messages: tuple[dict[str, str], ...]  # all turns before the response
     response: str  # gold, or chosen; "" where a row of prompts has none
-    rejected: str | None
+    rejected: str | None  # of SGPO's targets, what the response improves
     where: str  # "file:line", for messages to people
 
 
-Target = Example  # `response` improves `rejected`, and is what the improver is to learn
+class BadRow(InputError):
+    """The fault of a row alone: others may be good."""
 
 
 # ----------------------------------------------------------------------------- examples to tokens
 def encode_examples(
-    examples: Sequence[Example], tokenizer: "Tokenizer", max_length: int, max_prompt_length: int
-) -> tuple[list[Example], list[Pair], dict[str, int]]:
+    examples: Sequence[Example], tokenizer: "Tokenizer", max_length: int, max_prompt_length: int,
+    bad: list[str] | None = None,
+) -> tuple[list[Example], list[Pair], dict[str, int]]:  # fmt: skip
     """The examples that fit, their pairs, and how many rows were read, dropped and cut.
     A row whose prompt has `max_prompt_length` tokens or more is dropped (the official SAPO code's
     rule); responses are cut so that prompt and response have at most `max_length` tokens.
-    Raises InputError where no row is left, and for a row that the chat template refuses."""
+    Raises InputError where no row is left. BadRows, refused by the chat template, go to `bad`."""
     if not 0 < max_prompt_length <= max_length:
         raise InputError(f"max prompt length {max_prompt_length} is not from 1 to {max_length}")
     counts = {"rows": len(examples), "dropped_prompt": 0, "cut_response": 0, "cut_rejected": 0}
     kept, pairs = [], []
     for example in examples:
-        prompt, chosen, rejected, _ = encode_example(tokenizer, example)
+        try:
+            prompt, chosen, rejected, _ = encode_example(tokenizer, example)
+        except BadRow as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+            continue
         if len(prompt) >= max_prompt_length:
             counts["dropped_prompt"] += 1
             continue
@@ -100,8 +107,9 @@ def encode_examples(
         kept.append(example)
         pairs.append(Pair(prompt, chosen[:room], rejected[:room]))
     if not pairs:
-        told = f"rows is left: their prompts have {max_prompt_length} tokens or more"
-        raise InputError(f"none of the {len(examples)} {told}; raise --max-prompt-length")
+        told = f"{counts['dropped_prompt']} prompts have {max_prompt_length} tokens or more"
+        first = f"; the first bad row: {bad[0]}" if bad else ""
+        raise InputError(f"no row is left: {told} (--max-prompt-length){first}")
     return kept, pairs, counts
 
 
@@ -118,8 +126,7 @@ def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
                 continue
             whole = tokenizer.render([*example.messages, {"role": "assistant", "content": answer}])
             if not whole.startswith(text):
-                told = "the chat template's prompt is no prefix of the conversation that it renders"
-                raise InputError(f"{told}; choose another by --chat-template")
+                raise InputError("the template's prompt is no prefix of the whole; choose another")
             ids = tokenizer.encode(whole)
             if ids[: len(prompt)] != prompt:
                 # Merged across the boundary. When generating, the prompt's tokens are there first.
@@ -127,28 +134,45 @@ def encode_example(tokenizer: "Tokenizer", example: Example) -> Pair:
             side.extend(tokenizer.end_turn(ids[len(prompt) :]))
         return pair
     except InputError as error:
-        raise InputError(f"{example.where}: {error}") from None
+        raise type(error)(f"{example.where}: {error}") from None
 
 
 # -------------------------------------------------------------------------------------- data files
 ROLES = ("system", "user", "assistant")
-RESPONSE_KEYS = ("chosen", "real", "response", "messages")  # the first that a row has counts
+RESPONSE_KEYS = ("chosen", "real", "response", "completion", "messages")  # a row's first counts
 REJECTED_KEYS = ("rejected", "generated")
 
 
 def load_examples(
-    paths: str | Path | Sequence[str | Path], rejected: bool | None = False, prompts: bool = False
-) -> list[Example]:
+    paths: str | Path | Sequence[str | Path], rejected: bool | None = False, prompts: bool = False,
+    all_turns: bool = False, bad: list[str] | None = None,
+) -> list[Example]:  # fmt: skip
     """The rows of JSON or JSONL files in order: `{"messages"}`, `{"prompt", "chosen", "rejected"}`,
-    `{"prompt", "response"}` or `{"real", "generated"}`; each side is text or messages, with or
-    without the prompt before it. Raises InputError naming file and line. `rejected`: each row must
-    have a rejected side; None: it may; False: that is not even looked at. `prompts`: a row may end
-    with the user's turn, and then has the response ""."""
-    files = [paths] if isinstance(paths, str | Path) else paths
-    return [_example(*found, rejected, prompts) for file in files for found in read_rows(file)]
+    `{"prompt", "response"}`, `{"prompt", "completion"}` or `{"real", "generated"}`; each side is
+    text or messages, with or without the prompt before it. InputErrors name file and line; BadRows
+    go to `bad`, where it is a list. `rejected`: each row must have a rejected side; None: it may;
+    False: that is not even looked at. `prompts`: a row may end with the user's turn, and then has
+    the response "". `all_turns`: of `messages`, unless a rejected side is read, the assistant's
+    earlier turns are responses too, where a user's is before them."""
+    files, examples = [paths] if isinstance(paths, str | Path) else paths, list[Example]()
+    for where, row in (found for file in files for found in read_rows(file)):
+        try:
+            new = [last := _example(where, row, rejected, prompts)]
+            if all_turns and last.rejected is None and {*RESPONSE_KEYS} & {*row} == {"messages"}:
+                said, who = last.messages, [turn["role"] for turn in last.messages]
+                ends = [i for i, r in enumerate(who) if r == "assistant" and "user" in who[:i]]
+                new[:0] = [Example(said[:i], said[i]["content"], None, where) for i in ends]
+            if prompts and any(example.messages[-1]["role"] != "user" for example in new):
+                raise BadRow(f"{where}: the turn before the response is not the user's")
+            examples += new
+        except BadRow as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+    return examples
 
 
-def load_targets(path: str | Path) -> list[Target]:
+def load_targets(path: str | Path) -> list[Example]:
     """Rows of {"prompt" (text or messages), "response", "improved"}: `improved` as the response,
     and as rejected what it improves; where it is null left out. InputErrors name file and line."""
     targets = []
@@ -158,11 +182,9 @@ def load_targets(path: str | Path) -> list[Target]:
                 continue
             case {"prompt": said, "response": str(old), "improved": str(new)} if new.strip():
                 turns = tuple(_asked(_turns(said, "prompt", "user", where), where))
-                targets.append(Target(turns, whole_text(new), whole_text(old), where))
+                targets.append(Example(turns, whole_text(new), whole_text(old), where))
             case _:
                 raise InputError(f"{where}: 'prompt', 'response' and 'improved' should be text")
-    if not targets:
-        raise InputError(f"no targets in {path}: give at least one")
     return targets
 
 
@@ -188,7 +210,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 def _example(where: str, row: Any, rejected: bool | None, prompts: bool) -> Example:
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a row should be a JSON object, not {row!r:.60}")
+        raise BadRow(f"{where}: a row should be a JSON object, not {row!r:.60}")
     prompt = _turns(row["prompt"], "prompt", "user", where) if row.get("prompt") else []
     key = next((k for k in RESPONSE_KEYS if k in row), None)
     if prompts and key in (None, "messages"):
@@ -196,15 +218,15 @@ def _example(where: str, row: Any, rejected: bool | None, prompts: bool) -> Exam
         if key is None or turns[-1]["role"] != "assistant":
             return Example(tuple(_asked(turns, where)), "", None, where)
     if key is None:
-        raise InputError(f"{where}: no {', '.join(map(repr, RESPONSE_KEYS))} in the row")
+        raise BadRow(f"{where}: no {', '.join(map(repr, RESPONSE_KEYS))} in the row")
     messages, response = _side(row, key, prompt, where)
     other, answer = next((k for k in REJECTED_KEYS if row.get(k) is not None), None), None
     if rejected is not False and other is not None:
         context, answer = _side(row, other, messages, where)
         if context != messages:
-            raise InputError(f"{where}: {key!r} and {other!r} answer different prompts")
+            raise BadRow(f"{where}: {key!r} and {other!r} answer different prompts")
     elif rejected:
-        raise InputError(f"{where}: this method compares, and the row has no 'rejected'")
+        raise BadRow(f"{where}: this method compares, and the row has no 'rejected'")
     return Example(tuple(messages), response, answer, where)
 
 
@@ -213,22 +235,22 @@ def _side(row: dict[str, Any], key: str, prompt: Turns, where: str) -> tuple[Tur
     and those in the side, one may hold the other: a system turn may be in one alone."""
     *context, last = _turns(row[key], key, "assistant", where)
     if last["role"] != "assistant":
-        raise InputError(f"{where}: {key!r} should end with an assistant's turn")
+        raise BadRow(f"{where}: {key!r} should end with an assistant's turn")
     if not context or context[0]["role"] == "assistant":
         context = prompt + context
     if not any(turn["role"] == "user" for turn in context):
-        raise InputError(f"{where}: no user's turn before the response in {key!r}; add 'prompt'")
+        raise BadRow(f"{where}: no user's turn before the response in {key!r}; add 'prompt'")
     for whole, part in ((context, prompt), (prompt, context)):
         if any(whole[i : i + len(part)] == part for i in range(len(whole) - len(part) + 1)):
             return whole, last["content"]
-    raise InputError(f"{where}: {key!r} does not answer the row's prompt")
+    raise BadRow(f"{where}: {key!r} does not answer the row's prompt")
 
 
 def _asked(turns: Turns, where: str) -> Turns:
     """The turns without a last one of the assistant's: what is to be answered."""
     turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
     if not turns or turns[-1]["role"] != "user":
-        raise InputError(f"{where}: no user's turn at the end of the prompt, to be answered")
+        raise BadRow(f"{where}: no user's turn at the end of the prompt, to be answered")
     return turns
 
 
@@ -236,14 +258,14 @@ def _turns(value: Any, key: str, role: str, where: str) -> Turns:
     """A list of turns, from one, or from the text of one turn of `role`."""
     turns = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{where}: {key!r} should be text or a list of turns, not {value!r:.60}")
+        raise BadRow(f"{where}: {key!r} should be text or a list of turns, not {value!r:.60}")
     for i, turn in enumerate(turns, 1):
         who, text = map(turn.get, ("role", "content")) if isinstance(turn, dict) else (None, None)
         if who not in ROLES or not isinstance(text, str):
             right = f"an object with 'role' ({', '.join(ROLES)}) and 'content' (text)"
-            raise InputError(f"{where}: {key!r}, turn {i} should be {right}, not {turn!r:.60}")
+            raise BadRow(f"{where}: {key!r}, turn {i} should be {right}, not {turn!r:.60}")
         if who != "system" and not text.strip():
-            raise InputError(f"{where}: {key!r}, turn {i}: the {who}'s text is empty; fill it")
+            raise BadRow(f"{where}: {key!r}, turn {i}: the {who}'s text is empty; fill it")
     return [{"role": turn["role"], "content": whole_text(turn["content"])} for turn in turns]
 
 
@@ -324,14 +346,12 @@ class TargetServer:
 
 
 def _completion(said: bytes) -> tuple[str | None, str]:
-    """The text in a reply, or None and why. Raises ValueError for what is no chat completion."""
-    try:
+    """The text in a reply, or None and why. Raises InputError for what is no chat completion."""
+    with reading("the reply, a chat completion,"):
         choice = json.loads(said)["choices"][0]
         message, reason = choice["message"], choice.get("finish_reason")
         text = whole_text(message.get("content") or "").strip()
         refused = message.get("refusal") or reason == "content_filter"
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        raise ValueError("the reply is no chat completion") from None
     why = "refused" if refused else "cut" if reason == "length" else "" if text else "empty"
     return None if why else text, why
 
@@ -340,13 +360,13 @@ def _completion(said: bytes) -> tuple[str | None, str]:
 TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
     added_tokens.json vocab.json merges.txt chat_template.jinja generation_config.json
     """.split()  # noqa: SIM905
-FALLBACKS = {  # for base models, which have none. A <|name|> in them is a token that they need
-    "chatml": "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+FALLBACKS = {  # for base models, which have none; each needs more <|tokens|> than those before it
     "zephyr": "{% for message in messages %}"
     "<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
     "{% endfor %}{% if add_generation_prompt %}<|{{ 'assistant' }}|>\n{% endif %}",
+    "chatml": "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "llama3": "<|begin_of_text|>{% for message in messages %}"
     "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
     "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
@@ -362,8 +382,6 @@ def load_tokenizer(
     template of FALLBACKS by name in place of its own, where given; `date` is today's in templates.
     Raises InputError for a folder without a tokenizer, and for one that is not implemented."""
     folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; it should be a checkpoint's")
     if chat_template is not None and chat_template not in FALLBACKS:
         raise InputError(f"--chat-template {chat_template!r} is not one of {', '.join(FALLBACKS)}")
     with reading(f"the tokenizer in {folder}"):
@@ -390,14 +408,17 @@ class Tokenizer:
         self._split = re.compile(f"({'|'.join(longest_first) or '(?!)'})").split
         self.codec.table |= {i: self.codec.to_bytes(text) for text, i in self.added.items()}
         self.vocab_size = max(self.codec.table) + 1
+        size = read_json(folder / "config.json", optional=True).get("vocab_size", self.vocab_size)
+        if self.vocab_size > size:  # the model's
+            told = f"the tokenizer has ids up to {self.vocab_size - 1}"
+            raise InputError(f"{folder}: {told}, and vocab_size is {size}")
         self._template: Template | None = self._find_template(folder, config, chat_template)
         self.eos_ids, self._template_ends = self._find_eos(folder)
 
     def encode(self, text: str, continuing: bool = False) -> list[int]:
         """Token ids, without BOS or EOS. A special token's text becomes its id, a lone surrogate
         U+FFFD's. `continuing`: more text is before it; SentencePiece adds no space in front."""
-        ids: list[int] = []
-        spaced = not continuing
+        ids, spaced = list[int](), not continuing
         for part in filter(None, self._split(text if text.isascii() else whole_text(text))):
             ids += [self.added[part]] if part in self.added else self.codec.encode(part, spaced)
             spaced = self.codec.legacy
@@ -406,8 +427,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens included. Bytes that are no UTF-8 become U+FFFD; an
         id without a token (the padding of an embedding has such) is empty, as in transformers."""
-        if min(ids, default=0) < 0:
-            raise InputError(f"token id {min(ids)} is negative")
         return self.codec.decode([int(i) for i in ids if int(i) in self.codec.table])
 
     def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = False) -> Ids:
@@ -423,11 +442,15 @@ class Tokenizer:
             return self._template.render(given, add_generation_prompt=add_generation_prompt)
         except Exception as error:
             told = f"fails on this conversation ({type(error).__name__}: {str(error)!r:.200})"
-            raise InputError(f"{self.template_name} {told}; try --chat-template {_NAMES}") from None
+            raise BadRow(f"{self.template_name} {told}; try --chat-template {_NAMES}") from None
 
-    def response_text(self, ids: list[int]) -> str:
-        """A response as text, without the EOS at its end, if it has one."""
-        return self.decode(ids[:-1] if ids and ids[-1] in self.eos_ids else ids)
+    def response_text(self, ids: list[int], so_far: bool = False) -> str:
+        """A response as text, without an EOS at its end. `so_far`: as much as no token to come can
+        change, which a part of a character may, and a run of bytes that SentencePiece spells."""
+        ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+        while so_far and ids and ids[-1] in self.codec.spelt:
+            ids = ids[:-1]
+        return self.decode(ids).rstrip("\ufffd") if so_far else self.decode(ids)
 
     def end_turn(self, ids: list[int]) -> list[int]:
         """A rendered response through its last EOS, or with one where the template sets none."""
@@ -441,11 +464,6 @@ class Tokenizer:
         Path(path).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (Path(path) / name).write_bytes(content)
-
-    def digest(self) -> str:
-        """Hex of all that decides the ids: the files, with the template, and what ends a turn."""
-        told = (sorted(self.files.items()), self.eos_ids)  # config.json may name some of the latter
-        return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def _find_added(self, folder: Path, config: dict[str, Any]) -> dict[str, int]:
         """Ids by text of what is looked for before anything else is done with a text: what the
@@ -469,9 +487,12 @@ class Tokenizer:
             source = {t["name"]: t["template"] for t in source}.get("default")
         if fallback is not None:
             self.files[name] = FALLBACKS[fallback].encode()
-            for text in re.findall(r"<\|\w+\|>|eos_token", FALLBACKS[fallback]):
-                if text not in self.added and text not in self.specials:
-                    raise InputError(f"--chat-template {fallback} needs the token {text}")
+            needs = {k: {*re.findall(r"<\|\w+\|>|eos_token", v)} for k, v in FALLBACKS.items()}
+            lacking = {k: sorted(v - {*self.added, *self.specials}) for k, v in needs.items()}
+            if lacking[fallback]:
+                told = f"{fallback} needs {', '.join(lacking[fallback])}, which {folder} lacks"
+                fit = [name for name in lacking if not lacking[name]] or ["no other"]
+                raise InputError(f"--chat-template {told}; {fit[-1]} has tokens that are there")
         source = self.files[name].decode() if name in self.files else source
         given = {"strftime_now": self.date.strftime} | self.specials
         with reading(self.template_name):
@@ -529,6 +550,7 @@ class BytePairs:
     `table`, what ids stand for; `specials` and `added`, as the JSON files beside it have them."""
 
     legacy = False  # whether each text is spaced, and not the first alone
+    spelt = frozenset[int]()  # tokens of a byte each, a run of which is decoded together
 
     def __init__(
         self, vocab: dict[str, int], order: list[str], pattern: str, nfc: bool, unk: int | None
@@ -575,8 +597,8 @@ class SentencePieces:
         self.spaced = sp = SentencePieceProcessor(model_proto=model) if self.prefix else self.bare
         ids, pieces = range(len(sp)), [sp.id_to_piece(i) for i in range(len(sp))]
         self.vocab = dict(zip(pieces, ids, strict=True))
-        self.bytes = {i: bytes([int(pieces[i][3:5], 16)]) for i in ids if sp.is_byte(i)}
-        self.table = {i: pieces[i].replace("\u2581", " ").encode() for i in ids} | self.bytes
+        self.spelt = {i: bytes([int(pieces[i][3:5], 16)]) for i in ids if sp.is_byte(i)}
+        self.table = {i: pieces[i].replace("\u2581", " ").encode() for i in ids} | self.spelt
         named = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
         self.specials = {name: pieces[i] for name, i in named.items() if i >= 0}
         found = [i for i in ids if sp.is_control(i) or sp.is_unknown(i)]
@@ -588,7 +610,7 @@ class SentencePieces:
 
     def decode(self, ids: list[int]) -> str:
         text = ""
-        for _, run in groupby(ids, self.bytes.__contains__):
+        for _, run in groupby(ids, self.spelt.__contains__):
             data = b"".join(map(self.table.__getitem__, run))
             try:
                 text += data.decode()
@@ -598,20 +620,35 @@ class SentencePieces:
 
 
 def _codec(folder: Path, config: dict[str, Any]) -> BytePairs | SentencePieces:
-    """What the folder's files hold: a tokenizer.model is told by its content, not its name."""
-    model, spec = folder / "tokenizer.model", folder / "tokenizer.json"
-    content = model.read_bytes() if model.is_file() else b""
-    with reading(str(model)):
+    """What the folder's files hold: a tokenizer.model is told by its content, not its name; of a
+    tokenizer.json, byte-level BPE, what is not read changes no id."""
+    file, path = folder / "tokenizer.model", folder / "tokenizer.json"
+    content = file.read_bytes() if file.is_file() else b""
+    with reading(str(file)):
         if content and not re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content):
             return SentencePieces(content, config)
         if config.get("add_prefix_space"):
             raise _unknown(folder / "tokenizer_config.json", "add_prefix_space", True)
-        if content and not spec.is_file():
+        if content and not path.is_file():
             return _llama3(content)
-    if not spec.is_file():
-        raise InputError(f"{folder} has no tokenizer, no tokenizer.json or tokenizer.model")
-    with reading(str(spec)):
-        return _byte_level(spec)
+    if not path.is_file():
+        raise InputError(f"{folder} is no folder with a tokenizer.json or tokenizer.model")
+    with reading(str(path)):
+        spec = read_json(path)
+        model, pattern = spec["model"], _pattern(spec.get("pre_tokenizer"), path)
+        odd = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
+        told = {key: model.get(key) for key in odd} | {"normalizer": spec.get("normalizer")}
+        told["model type"] = model.get("type", "BPE")
+        for key, value in told.items():
+            if value and value not in ({"type": "NFC"}, "BPE"):
+                raise _unknown(path, key, value)
+        vocab: dict[str, int] = model["vocab"]
+        unk = vocab[model["unk_token"]] if model.get("unk_token") else None
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        order = _token_order(vocab, merges, bool(model.get("ignore_merges")), path)
+        codec = BytePairs(vocab, order, pattern, told["normalizer"] is not None, unk)
+        codec.added = spec.get("added_tokens") or []
+        return codec
 
 
 def _llama3(content: bytes) -> BytePairs:
@@ -625,26 +662,6 @@ def _llama3(content: bytes) -> BytePairs:
     names = enumerate([*LLAMA3_SPECIAL, *rest], max(tokens.values()) + 1)
     codec.added = [{"content": f"<|{name}|>", "id": i} for i, name in names]
     codec.specials = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-    return codec
-
-
-def _byte_level(path: Path) -> BytePairs:
-    """Reads a tokenizer.json that is byte-level BPE; what it leaves out of it changes no id."""
-    spec = read_json(path)
-    model, pattern = spec["model"], _pattern(spec.get("pre_tokenizer"), path)
-    normalizer = spec.get("normalizer")
-    odd = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
-    for key, value in ({key: model.get(key) for key in odd} | {"normalizer": normalizer}).items():
-        if value and value != {"type": "NFC"}:
-            raise _unknown(path, key, value)
-    if model.get("type", "BPE") != "BPE":
-        raise _unknown(path, "model type", model["type"])
-    vocab: dict[str, int] = model["vocab"]
-    unk = vocab[model["unk_token"]] if model.get("unk_token") else None
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    order = _token_order(vocab, merges, bool(model.get("ignore_merges")), path)
-    codec = BytePairs(vocab, order, pattern, normalizer is not None, unk)
-    codec.added = spec.get("added_tokens") or []
     return codec
 
 
@@ -716,7 +733,7 @@ _RESULTS: dict[str, Callable[[str], str]] = {  # what a word becomes; the workin
     "rotate": lambda word: word[1:] + word[:1],
     "swap": lambda word: word[-1] + word[1:-1] + word[0],
 }
-_SHARES = {"test": (0, 1), "validation": (1, 2), "pretrain": (2, 10), "clean": (2, 10)}  # tenths
+TENTHS = {"test": {0}, "validation": {1}, "pretrain": {*range(2, 10)}, "clean": {*range(2, 10)}}
 
 
 def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> list[Example]:
@@ -725,14 +742,15 @@ def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> 
     rows REWRITE_PROMPT with a draft, the response being another draft; "clean" has seen kinds,
     "validation" and "test" have all, with right answers and a flawed `rejected`. A prompt's hash
     puts it in one of test, validation and training, so that these share none."""
-    if split not in _SHARES:
-        raise InputError(f"split {split!r} is not one of {', '.join(_SHARES)}")
+    if split not in TENTHS:
+        raise InputError(f"split {split!r} is not one of {', '.join(TENTHS)}")
     rng = random.Random(hash_seed("tasks", split, seed))
     kinds = SEEN if split == "clean" else [*chain(*zip(SEEN, UNSEEN, strict=True))]
     examples = []
     for i in range(n):
-        while not in_split(split, prompt := _prompt(kinds[i % len(kinds)], rng)):
-            pass
+        prompt = _prompt(kinds[i % len(kinds)], rng)
+        while hash_seed("split", prompt) % 10 not in TENTHS[split]:
+            prompt = _prompt(kinds[i % len(kinds)], rng)
         gold, rejected = right_answer(prompt), None
         if split == "pretrain":
             draft, answer = (a if rng.random() < 0.5 else flawed_answer(a, rng) for a in [gold] * 2)
@@ -743,12 +761,6 @@ def task_examples(split: str, n: int, seed: int, rewrite_share: float = 0.0) -> 
         turn = {"role": "user", "content": prompt}
         examples.append(Example((turn,), answer, rejected, f"task:{split}:{i}"))
     return examples
-
-
-def in_split(split: str, prompt: str) -> bool:
-    """Whether a task's prompt is one of that split's, which its hash alone decides."""
-    low, high = _SHARES[split]
-    return low <= hash_seed("split", prompt) % 10 < high
 
 
 def _prompt(kind: str, rng: random.Random) -> str:

@@ -634,7 +634,7 @@ def generate(
     model: Transformer, prompts: list[list[int]], max_new_tokens: int | Sequence[int], *,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, eos_ids: Sequence[int] = (),
     seed: int | Sequence[int] = 0, return_logprobs: bool = False, batch_size: int = 64,
-    drafts: Sequence[list[int]] | None = None,
+    drafts: Sequence[list[int]] | None = None, watch: Callable[[int, list[int]], Any] | None = None,
 ) -> Any:  # fmt: skip
     """Samples a continuation of each prompt, none empty: lists of new token ids, EOS included.
 
@@ -643,7 +643,8 @@ def generate(
     the logits, 0 being greedy; then top_k (0: off) and then top_p filter them. `return_logprobs`:
     gives (tokens, log-probs of these under the model as it is, before temperature and filters).
     `batch_size` rows are decoded together; they are sorted, so that like lengths meet. `drafts`: a
-    guess a row, of the model's ids, or []; it changes no token, but right ones come together."""
+    guess a row, of the model's ids, or []; it changes no token, but right ones come together.
+    `watch` is called with a row's number and its tokens so far, as they come."""
     count = len(prompts)
     budgets = [max_new_tokens] * count if isinstance(max_new_tokens, int) else [*max_new_tokens]
     seeds = [hash_seed(seed, i) for i in range(count)] if isinstance(seed, int) else [*seed]
@@ -664,15 +665,15 @@ def generate(
     options = (pick, {*eos_ids}, None if on_cpu else record_graph)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        asked = [(prompts[i], budgets[i], seeds[i], drafts[i]) for i in rows]
-        answers |= zip(rows, _decode(model, asked, *options), strict=True)
+        asked = [(prompts[i], budgets[i], seeds[i], i, drafts[i]) for i in rows]
+        answers |= zip(rows, _decode(model, asked, *options, watch), strict=True)
     both = [[[made[k] for made in answers[i]] for i in range(count)] for k in (0, 1)]
     return tuple(both) if return_logprobs else both[0]
 
 
 @torch.no_grad()
 def _decode(
-    model: Transformer, asked: list[Any], pick: Any, eos_ids: set[int], record: Any
+    model: Transformer, asked: Any, pick: Any, eos_ids: set[int], record: Any, watch: Any = None
 ) -> list[list[tuple[int, float]]]:
     """One batch of `generate`: each row's tokens, with log-probs. A row that has stopped leaves the
     batch; where steps are recorded, and a change of shape is dear, not before half of all.
@@ -694,6 +695,8 @@ def _decode(
             for one in made[max(0, len(answers[row]) - low) :]:
                 if left(row):
                     answers[row].append(one)
+            if watch is not None:
+                watch(asked[row][3], [token for token, _ in answers[row]])
         going = [left(row) > 0 for row in rows]
         if not any(going):
             return answers

@@ -37,10 +37,7 @@ def main(argv: Sequence[str]) -> int:
             talks = [row.messages for row in data.load_examples(flags.prompts, prompts=True)]
         with whole_file(flags.out) if flags.out else contextlib.nullcontext(sys.stdout) as file:
             answers = sample_answers(*load(flags), flags, talks)
-            if flags.prompts is None:
-                print(*answers[0], sep=f"\n\n{'-' * 20}\n\n")
-                return 0
-            for turns, (*drafts, last) in zip(talks, answers, strict=True):
+            for turns, (*drafts, last) in zip(talks, answers, strict=True) if flags.prompts else ():
                 told = {"drafts": drafts} if drafts else {}
                 row = {"prompt": sgpo.as_prompt(turns), "response": last} | told
                 print(json.dumps(row, ensure_ascii=False), file=file)
@@ -164,15 +161,22 @@ def load(flags: Flags) -> tuple[Transformer, data.Tokenizer]:
     folder, device = flags.model or "", "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = data.load_tokenizer(folder, flags.chat_template)
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
-    model = Transformer.from_pretrained(folder, dtype, device)
-    check_vocabulary(tokenizer, model, folder)
-    return model, tokenizer
+    return Transformer.from_pretrained(folder, dtype, device), tokenizer
 
 
 def sample_answers(
     model: Transformer, tokenizer: data.Tokenizer, flags: Flags, talks: Sequence[data.Messages]
 ) -> list[list[str]]:
-    """Of each conversation an answer, then `flags.improve` times an improvement of the last."""
+    """Of each conversation an answer, then `flags.improve` times an improvement of the last. Those
+    to `flags.prompt` are printed as they are written."""
+    shown = 0  # characters
+
+    def watch(_: int, ids: list[int], end: str | None = None) -> None:
+        nonlocal shown
+        text = tokenizer.response_text(ids, so_far=end is None)
+        print(text[shown:], end=end or "", flush=True)
+        shown = len(text) if end is None else 0
+
     instruction = flags.improver_instruction or read_instruction(flags.model or "")
     asked, answers = list(talks), list[list[str]]()
     for i in range(1 + flags.improve):
@@ -183,7 +187,10 @@ def sample_answers(
             model, prompts, flags.max_new_tokens, temperature=flags.temperature,
             top_k=flags.top_k, top_p=flags.top_p, eos_ids=tokenizer.eos_ids,
             seed=hash_seed(flags.seed, i) if i else flags.seed, batch_size=flags.batch_size,
+            watch=watch if flags.prompt else None,
         )  # fmt: skip
+        if flags.prompt:
+            watch(0, new[0], "\n" if i == flags.improve else f"\n\n{'-' * 20}\n\n")
         answers.append([tokenizer.response_text(ids) for ids in new])
         both = zip(talks, answers[-1], strict=True)
         asked = [sgpo.improver_prompt(turns, text, instruction) for turns, text in both]
@@ -197,13 +204,6 @@ def read_instruction(folder: str | Path) -> str:
     if not isinstance(instruction, str) or "{answer}" not in instruction:
         raise InputError(f"{file}: 'instruction' should be text that holds {{answer}}")
     return instruction
-
-
-def check_vocabulary(tokenizer: data.Tokenizer, model: Transformer, where: str | Path) -> None:
-    """Raises InputError where the tokenizer has ids that the model does not know."""
-    most, size = tokenizer.vocab_size - 1, model.config.vocab_size
-    if most >= size:
-        raise InputError(f"{where}: the tokenizer has ids up to {most}, and vocab_size is {size}")
 
 
 def task_accuracy(

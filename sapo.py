@@ -511,20 +511,14 @@ class Sampling:
     "sample among the likeliest tokens of this total probability; --method spin alone makes it 1.0"
     generate_batch_size: Count = 64  # [ours]
     "rows decoded together on a rank"
+    responses_per_prompt: Annotated[int, 1, 10**4] = 1  # [code]
+    "sapo: rewrites of each row and step; sgpo: drafts of each training prompt, for phase 1"
     show_every: Whole = 0
     "steps between sampled pairs shown in colour: A, B, B' and C; 0: never"
 
 
 @dataclass
-class Copies:
-    """SAPO and SGPO."""
-
-    responses_per_prompt: Annotated[int, 1, 10**4] = 1  # [code]
-    "rewrites of each row and step; sgpo: drafts of each training prompt, for phase 1"
-
-
-@dataclass
-class Settings(Copies, Sampling):
+class Settings(Sampling):
     """SAPO."""
 
     segment_length: str = "256"  # [code]
@@ -570,8 +564,9 @@ ORPO: dict[str, Any] = {  # [code], [handbook]: with AdamW's state in 8 bits
 }  # fmt: skip
 COSINE = {"precision": "bf16", "optimizer": "adamw", "schedule": "cosine", "batch_size": 128}
 # The starts of SAPO-DPO (Llama 3 on deita-10k) and SPIN (zephyr-7b-sft-full: Mistral on UltraChat)
-# were trained on packed rows, every token of every turn; ours are on each row's last response.
-START: dict[str, Any] = COSINE | {"method": "sft", "loss": None, "lr": [2e-5]}
+# were trained on packed rows, every token of every turn; ours are on the assistant's turns, each a
+# row. That Llama 3 had ChatML, two tokens added: here --chat-template llama3, whose tokens it has.
+START: dict[str, Any] = COSINE | {"method": "sft", "loss": None, "lr": [2e-5], "all_turns": True}
 ABLATIONS: dict[str, dict[str, Any]] = {  # the paper's tables, and what its reviewers asked for
     "on-policy": {"ema_decay": 0.0, "replay_capacity": 0},  # neither EMA nor replay
     "no-ema": {"ema_decay": 0.0},

@@ -39,7 +39,7 @@ import numpy as np
 
 import data
 import sapo
-from data import Cut, Example, Messages, Pair, Target, TargetServer, Tokenizer, Turns
+from data import Cut, Example, Messages, Pair, TargetServer, Tokenizer, Turns
 from model import InputError, Positive, Weight, hash_seed
 from sapo import Answer, Run, batch_indices, describe, ended, request
 
@@ -142,7 +142,7 @@ class SGPO(sapo.Source):
 
 # --------------------------------------------------------------------------- phase 1: the improver
 def improver_rows(
-    targets: Sequence[Target], asks: Sequence[Ask], run: Run
+    targets: Sequence[Example], asks: Sequence[Ask], run: Run
 ) -> tuple[list[Pair], dict[str, Any]]:
     """The rows that make pi_0 an improver, and what the fence did, as JSON: quartiles, fence (None:
     --fence-k is 0), how many fell. The rows are I(x, y0) -> y*, for each target that fits into
@@ -158,7 +158,7 @@ def improver_rows(
             rows.append(row)
             given.append(Pair(before[c.fence_given], row.chosen, []))
     if not rows:
-        raise InputError(f"no target fits into --max-length {c.max_length} with its prompt")
+        raise InputError(f"--max-length {c.max_length}: no prompt and target of {len(targets)} fit")
     both = zip(run.sums(run.models["policy"], given), given, strict=True)
     values = [math.exp(-logp / len(pair.chosen)) for (logp, _), pair in both]
     fence = perplexity_fence(values, c.fence_k) if c.fence_k else math.inf
@@ -220,15 +220,11 @@ def frame(messages: Messages, answer: str, tokenizer: Tokenizer, c: Any) -> list
 
 
 def leave_room(asks: Sequence[Ask], tokenizer: Tokenizer, c: Any) -> list[Ask]:
-    """The prompts whose improver's prompt, with an empty answer, fits. Raises InputError where
-    there is none, and for a prompt that does not end with the user's turn."""
-    for example, _ in asks:
-        if example.messages[-1]["role"] != "user":
-            raise InputError(f"{example.where}: the turn before the response is not the user's")
+    """The prompts, each with the user's turn at its end, whose improver's prompt, with an empty
+    answer, fits. Raises InputError where there is none."""
     kept = [ask for ask in asks if len(frame(ask[0].messages, "", tokenizer, c)) + 1 < c.max_length]
     if not kept:
-        told = f"none of the {len(asks)} prompts fits into --max-length {c.max_length}"
-        raise InputError(f"{told} with --improver-instruction around it")
+        raise InputError(f"--max-length {c.max_length}: no prompt with --improver-instruction fits")
     return kept
 
 
@@ -240,7 +236,7 @@ def as_prompt(messages: Messages) -> Any:
 
 # ------------------------------------------------------------------------------------- the flags
 @dataclass
-class Settings(sapo.Copies, sapo.Rounds):
+class Settings(sapo.Rounds):
     """SGPO."""
 
     target_source: str | None = None  # [ours]

@@ -426,10 +426,9 @@ class Files:
             return
         with self.publish(self.checkpoints / f"step-{self.before + t}") as folder:
             self.save_model(learner.policy, folder / "policy", torch.float32)
-            own = {f"source.{name}": value for name, value in source.state_dict().items()}
             if self.ranks.first:
                 (folder / "state").mkdir()
-            tree = learner.state_dict() | own
+            tree = learner.state_dict() | source.state_dict()  # no name is in both
             lm.write_weights(folder / "state", tree, self.ranks.fetch, self.ranks.first)
         if learner.config.keep and self.ranks.first:
             for _, folder in self.numbered()[: -learner.config.keep]:
@@ -438,9 +437,7 @@ class Files:
     def restore(self, learner: Learner, source: Source) -> int:
         """Takes up this phase's newest whole checkpoint, if any. The steps that it has done."""
         done, parameters = 0, dict(learner.policy.named_parameters())
-        for number, folder in reversed(self.numbered()):
-            if number <= self.before:
-                break
+        for number, folder in reversed([one for one in self.numbered() if one[0] > self.before]):
             try:  # reads headers alone
                 lm.find_weights(parameters, folder / "policy")
                 tree = lm.Tensors(folder / "state")
@@ -453,8 +450,7 @@ class Files:
             lm.load_weights(parameters, folder / "policy", self.ranks.place)
             with lm.reading(str(folder)):
                 learner.load_state_dict(tree)
-            own = {n.removeprefix("source."): tree[n] for n in tree if n.startswith("source.")}
-            source.load_state_dict(own)
+                source.load_state_dict(tree)
             break
         if self.ranks.first:
             ends = {self.metrics: ("step", self.before + done)}  # what is beyond is done again
@@ -471,12 +467,10 @@ class Files:
     def save_model(self, model: Transformer, folder: Path, dtype: torch.dtype) -> None:
         """A Hugging Face folder of a model, with its tokenizer."""
         if self.ranks.first:
-            folder.mkdir(parents=True)
-            lm.write_config(folder, model.config, dtype)
             self.tokenizer.save(folder)
+            lm.write_config(folder, model.config, dtype)
             file = folder / "generation_config.json"  # others should stop where we do
-            raw = lm.read_json(file) if file.exists() else {}
-            raw["eos_token_id"] = list(self.tokenizer.eos_ids)
+            raw = lm.read_json(file, optional=True) | {"eos_token_id": [*self.tokenizer.eos_ids]}
             for name, text in {file.name: json.dumps(raw, indent=2), **self.beside}.items():
                 (folder / name).write_text(text + "\n", encoding="utf-8")
         fetch = functools.partial(self.ranks.fetch, dtype=dtype)
@@ -496,10 +490,9 @@ class Files:
                 shutil.rmtree(folder, ignore_errors=True)  # one that was not whole
                 partial.rename(folder)
                 flush(folder.parent)
-        except BaseException:
-            if self.ranks.first:
+        finally:
+            if self.ranks.first:  # where it did not become whole
                 shutil.rmtree(partial, ignore_errors=True)
-            raise
         self.ranks.agree(False)  # all wait until it is there
 
 
@@ -756,8 +749,12 @@ class Config(sapo.Settings, sgpo.Settings):
     "JSON or JSONL files of training rows; default: the built-in tasks"
     eval_data: list[str] | None = None
     "JSON or JSONL files of held-out rows"
+    all_turns: bool = False
+    "each assistant's turn in `messages` is a row, not the last alone; sgpo: each is a prompt too"
+    skip_bad_rows: bool = False
+    "leave out, and count, rows that are malformed or refused by the chat template"
     chat_template: Literal["chatml", "zephyr", "llama3"] | None = None
-    "a chat template by name, for a base model that has none of its own"
+    "a chat template by name, for a base model without one; Llama 3's: llama3 (official: chatml)"
     date: str | None = None
     "the date, such as 2026-01-31, for chat templates that print one; default: when the run began"
     max_length: Annotated[int, 2, 10**7] = 2048  # [code]
@@ -814,9 +811,8 @@ TASKS = {  # the built-in tasks; all [ours], from the prototypes' measurements
     "steps": 120, "batch_size": 32, "micro_batch_size": 32, "lr": [1e-4], "max_length": 128,
     "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.1, "max_new_tokens": 40,
     "segment_length": "full", "segment_rule": "uniform", "temperature": 1.0, "top_k": 0,
-    "top_p": 1.0,
     "replay_capacity": 512, "ref_update_every": 30, "generate_batch_size": 256, "sft_lr": 1e-4,
-    "responses_per_prompt": 2, "drop_identical": True,
+    "top_p": 1.0, "responses_per_prompt": 2, "drop_identical": True,
 }  # fmt: skip
 TASKS_SGPO = TASKS | {
     "method": "sgpo", "lr": [3e-6], "improver_lr": 1e-4, "improver_epochs": 4.0,
@@ -876,17 +872,19 @@ def parse_args(argv: Sequence[str]) -> Config:
 def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
     """The flags that were given, and that neither the method nor its loss or optimizer reads."""
     kind = SOURCES[c.method][1]
-    own = dataclasses.fields(kind) if kind else ()
-    read = Config.__annotations__.keys() | {f.name for f in own}
+    read = {*Config.__annotations__, *(f.name for f in (dataclasses.fields(kind) if kind else ()))}
     idle = {
         "beta": c.loss is None,
         "orpo_lambda": c.loss != "orpo",
+        "responses_per_prompt": c.method == "spin",
         "label_smoothing": c.loss != "dpo",
         "length_normalize ref_update ref_update_every": not sapo.compares(c),
         "nll_weight": c.loss in (None, "orpo"),
         "adam_beta2": c.optimizer != "adamw",
         "top_k top_p": not c.temperature and not c.improve_temperature,
         "trace_steps": c.trace is None,
+        "all_turns": SOURCES[c.method][0] is Source,  # it compares two sides of a row
+        "all_turns skip_bad_rows": not (c.data or c.eval_data or c.preference_data),
         "sft_first": c.method == "sgpo",
         "sft_lr": c.method == "sgpo" or not c.sft_first,
         "target_model target_workers target_instruction": target_server(c) is None,
@@ -907,7 +905,6 @@ def check(c: Config) -> Config:
     if c.method == "sgpo":
         c.model = c.improver or c.model
         c.target_source = c.target_source or ("tasks" if c.data is None else "gold")
-    server = target_server(c)
     sapo_buffer = c.replay_capacity if c.method == "sapo" else c.batch_size
     rounds = c.rounds if issubclass(SOURCES[c.method][1] or object, sapo.Rounds) else 1
     segment = int(c.segment_length) if c.segment_length.isdecimal() else 0
@@ -928,7 +925,7 @@ def check(c: Config) -> Config:
          f"--replay-capacity {c.replay_capacity} is below --batch-size {c.batch_size}: too few"),
         (c.chat_template and not c.model, "--chat-template is for --model, which is not given"),
         (c.trace and c.resume, "--trace records a run from its first step: not with --resume"),
-        (server and not c.target_model, "a --target-source that is a URL needs --target-model too"),
+        (target_server(c) and not c.target_model, "--target-source URL needs --target-model too"),
         (c.method == "sgpo" and c.target_source == "tasks" and c.data is not None,
          "--target-source tasks mends the built-in tasks, and --data is given"),
         (c.method == "sgpo" and c.keep_identical and not c.nll_weight,
@@ -1010,7 +1007,7 @@ def run(c: Config, ranks: Ranks) -> None:
         tokenizer = data.load_tokenizer(c.model or folder, c.chat_template, date)
     source, start = SOURCES[c.method][0], Path(c.model) if c.model else out / "start"
     if c.model:
-        sample.check_vocabulary(tokenizer, Transformer.outline(start), start)
+        Transformer.outline(start)  # what is wrong there is told before anything is made
     read, counts = read_rows(c, tokenizer)
     rows = read.get("prompts") or [row for _, row in read["--data"]]
     steps = source.schedule(len(rows), c)[-1]
@@ -1053,14 +1050,20 @@ def run(c: Config, ranks: Ranks) -> None:
 def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]], list[str]]:
     """What a run reads, by its flag: rows as text and tokens, and what else a resumed one must find
     as it was; and lines on what was dropped. InputErrors come before targets are paid for."""
-    read: dict[str, list[Any]] = {"tokenizer or chat template": [tokenizer.digest()]}
+    texts = sorted(tokenizer.files.items())  # config.json may name an EOS too
+    read: dict[str, list[Any]] = {"tokenizer or chat template": [texts, tokenizer.eos_ids]}
     paired, told = SOURCES[c.method][0] is Source, list[str]()  # it takes the rows' rejected sides
 
     def rows(paths: list[str] | None, n: int = 128, **how: Any) -> list[sgpo.Ask]:
-        text = data.load_examples(paths, **how) if paths else data.task_examples("clean", n, c.seed)
-        limits = (c.max_length, c.max_prompt_length or 0)
-        examples, pairs, counts = data.encode_examples(text, tokenizer, *limits)
+        bad, task = list[str]() if c.skip_bad_rows else None, ("clean", n, c.seed)
+        limits, how = (c.max_length, c.max_prompt_length or 0), how | {"all_turns": c.all_turns}
+        try:
+            text = data.load_examples(paths, bad=bad, **how) if paths else data.task_examples(*task)
+            examples, pairs, counts = data.encode_examples(text, tokenizer, *limits, bad)
+        except data.BadRow as error:
+            raise InputError(f"{error}; --skip-bad-rows leaves such rows out") from None
         told.append(", ".join(f"{n} {key.replace('_', ' ')}" for key, n in counts.items() if n))
+        told.extend([f"{len(bad)} bad rows, the first: {bad[0]}"] if bad else [])
         return [*zip(examples, pairs, strict=True)]
 
     def asks(paths: list[str] | None, n: int) -> list[sgpo.Ask]:
@@ -1108,14 +1111,11 @@ def claim(c: Config, ranks: Ranks, saved: dict[str, Any], read: dict[str, Any]) 
         raise InputError(f"--resume with another {name} than {out} was started with")
     for name in [name for name in ("steps", "epochs") if saved and saved[name] != now[name]]:
         say(f"warning: --{name} was {saved[name]} and is {now[name]}: the schedule bends")
-    try:
-        trace = Trace(c) if c.trace is not None else None
-        if ranks.first and not saved:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / ".generated.jsonl").unlink(missing_ok=True)  # of a run that left nothing else
-            write_rows(out / "args.json", [now | {"inputs": found}])
-    except OSError as error:
-        raise InputError(f"--trace or --out cannot be written: {error}") from None
+    trace = Trace(c) if c.trace is not None else None
+    if ranks.first and not saved:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".generated.jsonl").unlink(missing_ok=True)  # of a run that left nothing else
+        write_rows(out / "args.json", [now | {"inputs": found}])
     return trace
 
 
@@ -1161,8 +1161,7 @@ def control(c: Config, start: Path, rows: Sequence[Pair], files: Files, steps: i
     metrics, final = files.metrics.with_name("control.jsonl"), files.final.with_name("control")
     beside = dataclasses.replace(files, metrics=metrics, final=final, phase="sft", before=0)
     beside.checkpoints, beside.trace, beside.beside = None, None, {}
-    rate = [c.improver_lr] if c.method == "sgpo" else c.lr
-    sft(c, start, rows, beside, steps=steps, lr=rate)
+    sft(c, start, rows, beside, steps=steps, lr=[c.improver_lr] if c.method == "sgpo" else c.lr)
 
 
 def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files: Files) -> int:
@@ -1185,7 +1184,7 @@ def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files:
     return source.bounds[-1]
 
 
-def obtain_targets(c: Config, asks: list[sgpo.Ask], learner: Learner) -> list[data.Target]:
+def obtain_targets(c: Config, asks: list[sgpo.Ask], learner: Learner) -> list[data.Example]:
     """What phase 1 learns from. OUT/improver_targets.jsonl has a row for each draft, written as
     soon as it is known, and what is in the file is not asked for again."""
     path = Path(c.out) / "improver_targets.jsonl"

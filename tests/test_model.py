@@ -249,6 +249,24 @@ def test_rows_stop_at_eos_and_at_their_budgets() -> None:
     assert generate(ours, [], 5) == [] and generate(ours, prompts, 0) == [[]] * 4
 
 
+def test_tokens_are_told_as_they_come() -> None:
+    """Each row's in order, of one pass at a time, and its draws are those of a run unwatched."""
+    ours = ours_from(tiny("llama"))
+    prompts, told = random_prompts([3, 9, 1, 5]), dict[int, list[list[int]]]()
+    how: dict[str, Any] = {"seed": 3, "temperature": 2.0, "eos_ids": [7, 11], "batch_size": 3}
+    rows = generate(ours, prompts, [9, 1, 30, 0], **how)
+
+    def watch(row: int, tokens: list[int]) -> None:
+        told.setdefault(row, []).append(tokens)
+
+    assert generate(ours, prompts, [9, 1, 30, 0], watch=watch, **how) == rows
+    assert told == {i: [rows[i][: n + 1] for n in range(len(rows[i]))] for i in range(3)}
+    told.clear()
+    drafts = [[*row, 5] for row in rows]
+    for i, row in enumerate(generate(ours, prompts, 30, drafts=drafts, watch=watch, **how)):
+        assert told[i][-1] == row and all(row[: len(x)] == x for x in told[i])
+
+
 def test_a_row_that_has_stopped_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, rows = ours_from(tiny("mistral-window")), []
     forward = Transformer.forward

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 from helpers import GOLDEN
 
+import data
 import sample
 from model import Count, InputError, Share
 
@@ -73,6 +74,37 @@ def test_wrong_flags_are_one_line(argv: list[str], told: str) -> None:
     with pytest.raises(InputError, match=re.escape(told)) as caught:
         parse(*argv)
     assert "\n" not in str(caught.value)
+
+
+def test_an_answer_is_shown_as_it_is_written(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes to the screen, and when: the model's own text, in the order of its tokens."""
+    parts, real = list[str](), sample.generate
+
+    def generate(*args: Any, watch: Any, **how: Any) -> Any:
+        def told(*new: Any) -> None:
+            watch(*new)
+            parts.append(capsys.readouterr().out)
+
+        return real(*args, watch=told, **how)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    flags = sample.Flags(START, prompt="reverse abcd", max_new_tokens=12, improve=2, temperature=1)
+    model, tokenizer = sample.load(flags)
+    talks: list[data.Messages] = [[{"role": "user", "content": "reverse abcd"}]]
+    answers = sample.sample_answers(model, tokenizer, flags, talks)
+    parts.append(capsys.readouterr().out)
+    rule = f"\n\n{'-' * 20}\n\n"
+    assert "".join(parts) == rule.join(answers[0]) + "\n"
+    texts = [part.removeprefix(rule) for part in parts[:-1]]
+    assert max(map(len, texts)) == 1 and len(texts) > 12  # a byte a token
+
+    monkeypatch.setattr(sample, "generate", real)
+    flags.prompt, flags.prompts = None, "rows.jsonl"
+    assert sample.sample_answers(model, tokenizer, flags, talks) == answers
+    assert capsys.readouterr().out == ""
+    told = ["--max-new-tokens", "12", "--improve", "2", "--temperature", "1"]
+    assert sample.main(["--model", START, "--prompt", "reverse abcd", *told]) == 0
+    assert capsys.readouterr().out == rule.join(answers[0]) + "\n"
 
 
 def test_rows_that_have_responses_are_answered_as_prompts(tmp_path: Path) -> None:

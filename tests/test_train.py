@@ -449,6 +449,7 @@ PAPERS: dict[str, dict[str, Any]] = {  # PAPERS, "Settings [code]" and "Baseline
     },
     "sft-llama3-8b": {
         "method": "sft", "epochs": 3, "batch_size": 128, "lr": [2e-5], "schedule": "cosine",
+        "all_turns": True,
     },
 }  # fmt: skip
 
@@ -515,6 +516,8 @@ def test_a_methods_own_defaults_can_be_changed(method: str, own: dict[str, Any])
         ("--method dpo --keep-identical --sft-first 2 --sft-lr 1e-4", "keep-identical"),
         ("--method sgpo --sft-first 2 --sft-lr 1e-4", "sft-first sft-lr"),
         ("--sft-lr 1e-4", "sft-lr"),
+        ("--method dpo --all-turns --skip-bad-rows", "all-turns"),
+        ("--method sgpo --all-turns --skip-bad-rows", ""),
         ("--method sgpo --optimizer adamw --adam-beta2 0.9 --trace-steps 3", "trace-steps"),
     ],
 )
@@ -529,6 +532,11 @@ def test_a_flag_that_nothing_reads_is_warned_of_once(
     monkeypatch.setenv("RANK", "1")
     parse(*flags.split())
     assert capsys.readouterr().err == ""
+
+
+def test_flags_about_rows_are_not_read_without_files(capsys: Any) -> None:
+    train.parse_args(["--skip-bad-rows", "--all-turns"])
+    assert capsys.readouterr().err.count("is not read by such a run") == 2
 
 
 def test_a_runs_first_line_says_what_it_is(start: Path, usual: list[object], capsys: Any) -> None:
@@ -557,7 +565,7 @@ BAD_FLAGS = (
 --replay-capacity 63: --replay-capacity 63 is below --batch-size 64; --trace x.st --resume
 --chat-template magic; --chat-template llama3: llama3; --date yesterday; --date 2026-02-30
 --data missing.jsonl: missing.jsonl; --eval-data missing.jsonl: missing.jsonl; --data
---model missing: missing; --out /proc/nowhere; --out LONG: xxx; --model LONG: xxx
+--model missing: missing; --out /proc/nowhere: /proc/nowhere; --out LONG: xxx; --model LONG: xxx
 --beta 0.1 --loss orpo: --orpo-lambda; --beta 0.1 --method orpo: --orpo-lambda
 --method spin --lr 1e-4 -1: --lr; --method spin --beta 0: --beta; --method spin --rounds 0: --rounds
 --method spin --iterations 2: --iterations; --lr 1 1; --beta 1 1; --method dpo --lr 1 1: --lr
@@ -598,6 +606,40 @@ def test_bad_data_gives_one_line_and_leaves_nothing(
     assert run(*usual, flag, file) == 2
     assert "bad.jsonl" in (shown := error_line(capsys)) or name == "all too long", shown
     assert not (tmp_path / "run").exists()
+
+
+def test_a_row_can_be_left_out_or_be_several(
+    usual: list[object], tmp_path: Path, capsys: Any
+) -> None:
+    file, user = tmp_path / "some.jsonl", {"role": "user", "content": "sort ba"}
+    good, tool = ({"role": role, "content": "b-a > ab"} for role in ("assistant", "tool"))
+    rows = [[user, good, user, good], [user], [user, tool, good], [user, good | {"content": ""}]]
+    file.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    flags = [*usual, "--data", file, "--eval-data", file, "--steps", 1]
+    assert run(*flags) == 2
+    shown = error_line(capsys)
+    assert f"{file}:2: " in shown and shown.endswith("; --skip-bad-rows leaves such rows out\n")
+    assert not (tmp_path / "run").exists()
+    assert run(*flags, "--skip-bad-rows", "--all-turns") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "2 rows, 1 steps" in shown[0]
+    assert shown[1] == shown[3] == "2 rows"
+    assert shown[2] == shown[4]
+    assert shown[2].startswith(f"3 bad rows, the first: {file}:2: 'messages' should end with")
+    asked = ["--method", "sgpo", "--skip-bad-rows", "--all-turns", "--out", tmp_path / "sgpo"]
+    asked += [
+        "--max-length",
+        200,
+        "--max-new-tokens",
+        4,
+        "--improver-instruction",
+        "{prompt}{answer}",
+    ]
+    assert run(*flags, *asked) == 0  # a user's turn alone is a prompt
+    assert "3 rows\n2 bad rows, the first: " in capsys.readouterr().out
+    file.write_text(json.dumps({"messages": [user]}))
+    assert run(*flags, "--out", tmp_path / "none", "--skip-bad-rows") == 2
+    assert "no row is left: 0 prompts have " in error_line(capsys)
 
 
 def test_a_good_row_beside_them_runs(usual: list[object], tmp_path: Path) -> None:

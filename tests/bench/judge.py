@@ -68,7 +68,9 @@ def judge(out: Path, files: Sequence[str] = ()) -> dict[int, dict[str, float]]:
     c = train.Config(**{key: value for key, value in flags.items() if key != "inputs"})
     if not (files := files or c.preference_data or c.data or ()):
         return {number: by_checker(rows) for number, rows in rounds.items()}
-    golds, folder = data.load_examples(files, prompts=True), c.improver or out / "improver"
+    how: dict[str, Any] = {"all_turns": c.all_turns, "bad": [] if c.skip_bad_rows else None}
+    golds = data.load_examples(files, prompts=True, **how)
+    folder = c.improver or out / "improver"
     tokenizer = data.load_tokenizer(folder, c.chat_template, datetime.fromisoformat(c.date or ""))
     model = Transformer.from_pretrained(folder)
     return {number: by_gold(rows, golds, model, tokenizer, c) for number, rows in rounds.items()}
