@@ -584,6 +584,11 @@ def test_all_turns_are_rows_of_their_own(tmp_path: Path) -> None:
     of = [((S, hi, U), "bad"), ((S, hi, U, B, U), "good"), (last[0], "hi")]
     of += [((U,), "bad"), (last[1], "good"), (last[2], "good"), (last[3], "good")]
     assert [(row.messages, row.response) for row in found] == of
+    tokenizer = data.load_tokenizer(made.qwen_dir(), "chatml")
+    whole = tokenizer.apply_chat_template([S, hi, U, B, U, A, hi])
+    for row in found[:3]:  # each is a beginning of the conversation
+        prompt, chosen, *_ = data.encode_example(tokenizer, row)
+        assert whole[: len(prompt) + len(chosen)] == prompt + chosen
     assert [row.where[-1] for row in found] == [*"1112234"] and not any(r.rejected for r in found)
     both = data.load_examples(file, rejected=None, all_turns=True)  # a comparison stays one
     assert [row.rejected for row in both] == [None] * 3 + ["bad"] + [None] * 2
