@@ -1021,30 +1021,38 @@ def run(c: Config, ranks: Ranks) -> None:
     files = Files(ranks, tokenizer, out / "metrics.jsonl", out / "final", c.method)
     files.eval_rows = [row for _, row in read["--eval-data"]]
     files.checkpoints, files.trace, files.on_tasks = out / "checkpoints", trace, on_tasks
-    models = {"start": start, "sft control": out / "control", "sft first": out / "sft"}
-    models |= {"improver": out / "improver"}
-    if c.method == "sgpo":
-        files.beside = {sample.IMPROVER_FILE: json.dumps({"instruction": c.improver_instruction})}
-        if c.improver is None:
-            files.before, start = train_improver(c, start, read, files), models["improver"]
-    elif c.sft_first:
-        first = dataclasses.replace(files, final=out / "sft", phase="sft")
-        if not first.final.exists():
-            sft(c, start, rows, first, **OWN["sft"] | {"steps": c.sft_first, "lr": [c.sft_lr]})
-        files.before, start = c.sft_first, first.final
-    if on_tasks and c.method != "sft" and not models["sft control"].exists():
+    first = before(c, start, read, files)
+    if on_tasks and c.method != "sft" and not (out / "control").exists():
         good = [row for _, row in (read.get("--data") or read["prompts"])[:128]]
-        control(c, models["start"], good, files, files.before + steps)
-    learner = Learner(c, start, tokenizer, ranks, *source.roles)
+        control(c, start, good, files, files.before + steps)
+    learner = Learner(c, first, tokenizer, ranks, *source.roles)
     fit(c, learner, source(rows, learner), files)
     if ranks.first:
         (out / ".generated.jsonl").unlink(missing_ok=True)
         write_rows(args, [dataclasses.asdict(c) | {"inputs": lm.read_json(args)["inputs"]}])
         if on_tasks:
+            models = {"start": start, "sft control": out / "control", "sft first": out / "sft"}
+            models |= {"improver": out / "improver", c.method: files.final}
             models = {name: folder for name, folder in models.items() if folder.exists()}
-            sample.print_accuracies(models | {c.method: files.final}, tokenizer, c.seed)
+            sample.print_accuracies(models, tokenizer, c.seed)
         sample.plot_curves(out)
         print(f"the trained model is in {files.final}")
+
+
+def before(c: Config, start: Path, read: Mapping[str, list[Any]], files: Files) -> Path:
+    """Trains what the method begins with: SGPO's improver, or --sft-first. The model's folder."""
+    if c.method == "sgpo":
+        files.beside = {sample.IMPROVER_FILE: json.dumps({"instruction": c.improver_instruction})}
+        if c.improver is None:
+            files.before = train_improver(c, start, read, files)
+            start = files.final.with_name("improver")
+    elif c.sft_first:
+        first = dataclasses.replace(files, final=files.final.with_name("sft"), phase="sft")
+        if not first.final.exists():
+            rows, how = [row for _, row in read["--data"]], {"steps": c.sft_first, "lr": [c.sft_lr]}
+            sft(c, start, rows, first, **OWN["sft"] | how)
+        files.before, start = c.sft_first, first.final
+    return start
 
 
 def read_rows(c: Config, tokenizer: data.Tokenizer) -> tuple[dict[str, list[Any]], list[str]]:
