@@ -158,7 +158,8 @@ def improver_rows(
             rows.append(row)
             given.append(Pair(before[c.fence_given], row.chosen, []))
     if not rows:
-        raise InputError(f"--max-length {c.max_length}: no prompt and target of {len(targets)} fit")
+        told = f"of {len(targets)} targets none fits into --max-length {c.max_length}"
+        raise InputError(f"{told} with its prompt")
     both = zip(run.sums(run.models["policy"], given), given, strict=True)
     values = [math.exp(-logp / len(pair.chosen)) for (logp, _), pair in both]
     fence = perplexity_fence(values, c.fence_k) if c.fence_k else math.inf

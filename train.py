@@ -871,7 +871,7 @@ def parse_args(argv: Sequence[str]) -> Config:
 def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
     """The flags that were given, and that neither the method nor its loss or optimizer reads."""
     kind = SOURCES[c.method][1]
-    read = {*Config.__annotations__, *(f.name for f in (dataclasses.fields(kind) if kind else ()))}
+    own = {f.name for f in dataclasses.fields(kind)} if kind else set()
     idle = {
         "beta": c.loss is None,
         "orpo_lambda": c.loss != "orpo",
@@ -891,7 +891,7 @@ def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
         "model": c.improver and c.method == "sgpo",
     }
     names = {name for some, applies in idle.items() if applies for name in some.split()}
-    return [name for name in given if name not in read or name in names]
+    return [x for x in given if x in names or x not in own | Config.__annotations__.keys()]
 
 
 def check(c: Config) -> Config:
