@@ -158,8 +158,7 @@ def improver_rows(
             rows.append(row)
             given.append(Pair(before[c.fence_given], row.chosen, []))
     if not rows:
-        told = f"of {len(targets)} targets none fits into --max-length {c.max_length}"
-        raise InputError(f"{told} with its prompt")
+        raise InputError(f"--max-length {c.max_length}: none of {len(targets)} targets fits")
     both = zip(run.sums(run.models["policy"], given), given, strict=True)
     values = [math.exp(-logp / len(pair.chosen)) for (logp, _), pair in both]
     fence = perplexity_fence(values, c.fence_k) if c.fence_k else math.inf

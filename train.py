@@ -870,15 +870,14 @@ def parse_args(argv: Sequence[str]) -> Config:
 
 def unread(c: Config, given: Mapping[str, Any]) -> list[str]:
     """The flags that were given, and that neither the method nor its loss or optimizer reads."""
-    kind = SOURCES[c.method][1]
-    own = {f.name for f in dataclasses.fields(kind)} if kind else set()
+    own = getattr(SOURCES[c.method][1], "__dataclass_fields__", {}).keys()
     idle = {
         "beta": c.loss is None,
         "orpo_lambda": c.loss != "orpo",
-        "responses_per_prompt": c.method == "spin",
         "label_smoothing": c.loss != "dpo",
         "length_normalize ref_update ref_update_every": not sapo.compares(c),
         "nll_weight": c.loss in (None, "orpo"),
+        "responses_per_prompt": c.method == "spin",
         "adam_beta2": c.optimizer != "adamw",
         "top_k top_p": not c.temperature and not c.improve_temperature,
         "trace_steps": c.trace is None,
