@@ -1021,8 +1021,7 @@ def run(c: Config, ranks: Ranks) -> None:
     files.checkpoints, files.trace, files.on_tasks = out / "checkpoints", trace, on_tasks
     first = before(c, start, read, files)
     if on_tasks and c.method != "sft" and not (out / "control").exists():
-        good = [row for _, row in (read.get("--data") or read["prompts"])[:128]]
-        control(c, start, good, files, files.before + steps)
+        control(c, start, read.get("--data") or read["prompts"], files, files.before + steps)
     learner = Learner(c, first, tokenizer, ranks, *source.roles)
     fit(c, learner, source(rows, learner), files)
     if ranks.first:
@@ -1161,12 +1160,13 @@ def pretrain(c: Config, start: Path, tokenizer: data.Tokenizer, ranks: Ranks) ->
         sft(c, Path(blank), rows, files, **START)
 
 
-def control(c: Config, start: Path, rows: Sequence[Pair], files: Files, steps: int) -> None:
+def control(c: Config, start: Path, asks: list[sgpo.Ask], files: Files, steps: int) -> None:
     """OUT/control: SFT on the clean set, for as many steps as the method takes in all phases."""
     metrics, final = files.metrics.with_name("control.jsonl"), files.final.with_name("control")
     beside = dataclasses.replace(files, metrics=metrics, final=final, phase="sft", before=0)
     beside.checkpoints, beside.trace, beside.beside = None, None, {}
-    sft(c, start, rows, beside, steps=steps, lr=[c.improver_lr] if c.method == "sgpo" else c.lr)
+    rate = [c.improver_lr] if c.method == "sgpo" else c.lr
+    sft(c, start, [row for _, row in asks[:128]], beside, steps=steps, lr=rate)
 
 
 def train_improver(c: Config, start: Path, read: Mapping[str, list[Any]], files: Files) -> int:
