@@ -185,6 +185,8 @@ def load_targets(path: str | Path) -> list[Example]:
                 targets.append(Example(turns, whole_text(new), whole_text(old), where))
             case _:
                 raise InputError(f"{where}: 'prompt', 'response' and 'improved' should be text")
+    if not targets:
+        raise InputError(f"no targets in {path}: give at least one")
     return targets
 
 
@@ -408,10 +410,9 @@ class Tokenizer:
         self._split = re.compile(f"({'|'.join(longest_first) or '(?!)'})").split
         self.codec.table |= {i: self.codec.to_bytes(text) for text, i in self.added.items()}
         self.vocab_size = max(self.codec.table) + 1
-        size = read_json(folder / "config.json", optional=True).get("vocab_size", self.vocab_size)
-        if self.vocab_size > size:  # the model's
-            told = f"the tokenizer has ids up to {self.vocab_size - 1}"
-            raise InputError(f"{folder}: {told}, and vocab_size is {size}")
+        size = read_json(folder / "config.json", optional=True).get("vocab_size")  # the model's
+        if type(size) is int and (most := self.vocab_size - 1) >= size:
+            raise InputError(f"{folder}: the tokenizer has ids up to {most}, vocab_size is {size}")
         self._template: Template | None = self._find_template(folder, config, chat_template)
         self.eos_ids, self._template_ends = self._find_eos(folder)
 

@@ -820,8 +820,7 @@ TASKS_SGPO = TASKS | {
     "improver_instruction": data.REWRITE_PROMPT.replace("{draft}", "{answer}"),
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {"tasks": TASKS, "tasks-sgpo": TASKS_SGPO}
-RECIPES["tasks-segments"] = TASKS | {"segment_length": "8"}  # of some 15 tokens
-RECIPES |= sapo.RECIPES | sgpo.RECIPES
+RECIPES |= sapo.RECIPES | sgpo.RECIPES | {"tasks-segments": TASKS | {"segment_length": "8"}}
 RECIPES |= {
     f"{base}-{name}": RECIPES[base] | change
     for base in ("tasks", "sapo-llama3-8b", "sapo-orpo-llama3-8b")
